@@ -1,0 +1,209 @@
+// Batch norm, host side: schema, argument checks, allocation, device switch.
+#include "batch_norm.h"
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <array>
+#include <string_view>
+#include <tuple>
+
+#include "torch_utils.h"
+
+namespace fastnorm {
+namespace {
+
+constexpr const char* kOp = "batch_norm";
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// x as [n, c, hw] with its layout; what is dense in neither way is copied.
+struct View {
+  explicit View(const Tensor& x) : format(x.suggest_memory_format()), channels_last(format != at::MemoryFormat::Contiguous) {
+    TORCH_CHECK(x.dim() >= 2, kOp, ": the input must have 2 or more dimensions (N, C, ...), got shape ", x.sym_sizes());
+    n = x.sym_size(0), c = x.sym_size(1), hw = 1;
+    for (int64_t d = 2; d < x.dim(); d++) hw = hw * x.sym_size(d);
+    if (hw == 1) channels_last = true;  // both layouts are the same memory, and rows are the faster kernel
+  }
+  Tensor dense(const Tensor& t) const { return t.contiguous(format); }
+  c10::SymInt mask_bytes() const { return batch_norm_mask_bytes(n, c, hw, channels_last); }
+
+  at::MemoryFormat format;
+  bool channels_last;
+  c10::SymInt n, c, hw;
+};
+
+void check_parameters(const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& x, const c10::SymInt& c) {
+  check_channels(weight, x, c, kOp, "weight");
+  check_channels(bias, x, c, kOp, "bias");
+  for (const auto& p : {weight, bias}) {
+    if (!p) continue;
+    TORCH_CHECK(p->scalar_type() == x.scalar_type() || (p->scalar_type() == at::kFloat && size_of(dtype_of(x, kOp, "input")) == 2),
+                kOp, ": weight and bias must be ", x.scalar_type(), " like the input, or float32 beside a 16-bit input, got ",
+                p->scalar_type());
+  }
+  TORCH_CHECK(!weight || !bias || weight->scalar_type() == bias->scalar_type(), kOp,
+              ": weight and bias must have one dtype, got ", weight->scalar_type(), " and ", bias->scalar_type());
+}
+
+OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; }
+
+Tensor workspace(size_t bytes, const Tensor& x) {
+  return bytes ? at::empty({int64_t(bytes)}, x.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous)) : Tensor();
+}
+void* workspace_data(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
+    const Tensor& x_in, const OptionalTensor& residual_in, const OptionalTensor& weight_in, const OptionalTensor& bias_in,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+    bool training, std::optional<double> momentum, double eps, std::string_view activation_name, double negative_slope,
+    bool save_mask) {
+  const View view(x_in);
+  const DType dtype = dtype_of(x_in, kOp, "input");
+  const Activation activation = activation_of(activation_name, kOp);
+  if (residual_in) check_like(*residual_in, x_in, kOp, "residual");
+  check_parameters(weight_in, bias_in, x_in, view.c);
+  check_channels(running_mean, x_in, view.c, kOp, "running_mean");
+  check_channels(running_var, x_in, view.c, kOp, "running_var");
+  TORCH_CHECK(running_mean.has_value() == running_var.has_value(), kOp,
+              ": running_mean and running_var must both be given or both be None");
+  TORCH_CHECK(training || running_mean, kOp, ": running_mean and running_var must be given in evaluation mode, got None");
+  if (running_mean) {
+    dtype_of(*running_mean, kOp, "running_mean");
+    TORCH_CHECK(running_mean->scalar_type() == running_var->scalar_type(), kOp, ": running_mean and running_var must have one dtype, got ",
+                running_mean->scalar_type(), " and ", running_var->scalar_type());
+    TORCH_CHECK(running_mean->is_contiguous() && running_var->is_contiguous(), kOp, ": running_mean and running_var must be contiguous");
+  }
+  TORCH_CHECK(!num_batches_tracked || (num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->sym_numel() == 1), kOp,
+              ": num_batches_tracked must be one int64");
+  TORCH_CHECK(!training || !running_mean || momentum || num_batches_tracked, kOp,
+              ": momentum=None averages over num_batches_tracked, which is None");
+
+  const Tensor x = view.dense(x_in);
+  const OptionalTensor residual = residual_in ? OptionalTensor(view.dense(*residual_in)) : residual_in;
+  const auto options = x.options().memory_format(at::MemoryFormat::Contiguous);
+  Tensor y = at::empty_like(x);
+  Tensor stats = at::empty_symint({3, view.c}, options.dtype(accumulate_scalar_type(x.scalar_type())));
+  Tensor mask = at::empty_symint({save_mask ? view.mask_bytes() : c10::SymInt(0)}, options.dtype(at::kByte));
+  const Device device = device_of(x, kOp);
+  if (device == Device::kMeta) return {y, stats, mask};
+
+  const OptionalTensor weight = contiguous(weight_in), bias = contiguous(bias_in);
+  BatchNormForward a{};
+  a.n = view.n.expect_int(), a.c = view.c.expect_int(), a.hw = view.hw.expect_int(), a.channels_last = view.channels_last;
+  a.dtype = dtype;
+  if (const auto& p = weight ? weight : bias) a.param_dtype = dtype_of(*p, kOp, "weight");
+  if (running_mean) a.running_dtype = dtype_of(*running_mean, kOp, "running_mean");
+  a.training = training, a.cumulative = !momentum, a.momentum = momentum.value_or(0), a.eps = eps;
+  a.negative_slope = negative_slope, a.activation = activation;
+  a.x = x.const_data_ptr(), a.residual = data_or_null(residual), a.weight = data_or_null(weight), a.bias = data_or_null(bias);
+  a.running_mean = mutable_data_or_null(running_mean), a.running_var = mutable_data_or_null(running_var);
+  a.num_batches_tracked = static_cast<int64_t*>(mutable_data_or_null(num_batches_tracked));
+  a.y = y.mutable_data_ptr(), a.stats = stats.mutable_data_ptr();
+  a.mask = save_mask ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
+#ifdef FASTNORM_CUDA
+  if (device == Device::kCuda) {
+    const CudaScope scope(x);
+    const Tensor scratch = workspace(cuda::batch_norm_forward_workspace(a), x);
+    a.workspace = workspace_data(scratch);
+    check_cuda(cuda::batch_norm_forward(a, scope.stream), kOp);
+  }
+#endif
+#ifndef FASTNORM_CUDA_EMULATION
+  if (device == Device::kCpu) {
+    a.threads = cpu_threads(x.numel());
+    const Tensor scratch = workspace(cpu::batch_norm_forward_workspace(a), x);
+    a.workspace = workspace_data(scratch);
+    cpu::batch_norm_forward(a);
+  }
+#endif
+  if (training)
+    for (const auto& t : {running_mean, running_var, num_batches_tracked})
+      if (t) t->unsafeGetTensorImpl()->bump_version();
+  return {y, stats, mask};
+}
+
+// The gradients that output_mask asks for, of x, residual, weight, bias; the others are empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
+    const Tensor& dy_in, const Tensor& x_in, const OptionalTensor& residual_in, const OptionalTensor& weight_in,
+    const OptionalTensor& bias_in, const Tensor& stats, const OptionalTensor& mask, bool training,
+    std::string_view activation_name, double negative_slope, std::array<bool, 4> output_mask) {
+  const View view(x_in);
+  const DType dtype = dtype_of(x_in, kOp, "input");
+  check_like(dy_in, x_in, kOp, "dy");
+  if (residual_in) check_like(*residual_in, x_in, kOp, "residual");
+  check_parameters(weight_in, bias_in, x_in, view.c);
+  TORCH_CHECK(stats.dim() == 2 && stats.sym_size(0) == 3 && stats.sym_size(1) == view.c && stats.is_contiguous() &&
+                  stats.scalar_type() == accumulate_scalar_type(x_in.scalar_type()),
+              kOp, ": stats must be what the forward operator returned");
+  const bool has_mask = mask && mask->sym_numel() != 0;
+  TORCH_CHECK(!has_mask || (mask->sym_numel() == view.mask_bytes() && mask->scalar_type() == at::kByte && mask->is_contiguous()),
+              kOp, ": mask must be what the forward operator returned");
+
+  const Tensor x = view.dense(x_in);
+  const auto& p = weight_in ? weight_in : bias_in;
+  const auto options = x.options().memory_format(at::MemoryFormat::Contiguous);
+  const auto param_options = options.dtype(p ? p->scalar_type() : accumulate_scalar_type(x.scalar_type()));
+  Tensor dx = output_mask[0] ? at::empty_like(x) : at::empty({0}, options);
+  Tensor dresidual = output_mask[1] ? at::empty_like(x) : at::empty({0}, options);
+  Tensor dweight = at::empty_symint({output_mask[2] ? view.c : c10::SymInt(0)}, param_options);
+  Tensor dbias = at::empty_symint({output_mask[3] ? view.c : c10::SymInt(0)}, param_options);
+  const Device device = device_of(x, kOp);
+  if (device == Device::kMeta) return {dx, dresidual, dweight, dbias};
+
+  const Tensor dy = view.dense(dy_in);
+  const OptionalTensor residual = residual_in ? OptionalTensor(view.dense(*residual_in)) : residual_in;
+  const OptionalTensor weight = contiguous(weight_in), bias = contiguous(bias_in);
+  BatchNormBackward a{};
+  a.n = view.n.expect_int(), a.c = view.c.expect_int(), a.hw = view.hw.expect_int(), a.channels_last = view.channels_last;
+  a.dtype = dtype;
+  a.param_dtype = p ? dtype_of(*p, kOp, "weight") : accumulate_type(dtype);
+  a.training = training, a.negative_slope = negative_slope, a.activation = activation_of(activation_name, kOp);
+  a.dy = dy.const_data_ptr(), a.x = x.const_data_ptr(), a.residual = data_or_null(residual);
+  a.weight = data_or_null(weight), a.bias = data_or_null(bias), a.stats = stats.const_data_ptr();
+  a.mask = has_mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr;
+  auto wanted = [](bool yes, const Tensor& t) { return yes ? t.mutable_data_ptr() : nullptr; };
+  a.dx = wanted(output_mask[0], dx), a.dresidual = wanted(output_mask[1], dresidual);
+  a.dweight = wanted(output_mask[2], dweight), a.dbias = wanted(output_mask[3], dbias);
+#ifdef FASTNORM_CUDA
+  if (device == Device::kCuda) {
+    const CudaScope scope(x);
+    const Tensor scratch = workspace(cuda::batch_norm_backward_workspace(a), x);
+    a.workspace = workspace_data(scratch);
+    check_cuda(cuda::batch_norm_backward(a, scope.stream), kOp);
+  }
+#endif
+#ifndef FASTNORM_CUDA_EMULATION
+  if (device == Device::kCpu) {
+    a.threads = cpu_threads(x.numel());
+    const Tensor scratch = workspace(cpu::batch_norm_backward_workspace(a), x);
+    a.workspace = workspace_data(scratch);
+    cpu::batch_norm_backward(a);
+  }
+#endif
+  return {dx, dresidual, dweight, dbias};
+}
+
+}  // namespace
+}  // namespace fastnorm
+
+TORCH_LIBRARY_FRAGMENT(FASTNORM_LIBRARY, m) {
+  m.def(
+      "batch_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, "
+      "str activation, float negative_slope, bool save_mask) -> (Tensor y, Tensor stats, Tensor mask)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "batch_norm_backward(Tensor dy, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor stats, "
+      "Tensor? mask, bool training, str activation, float negative_slope, bool[4] output_mask) -> "
+      "(Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+      {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(FASTNORM_LIBRARY, CompositeExplicitAutograd, m) {
+  m.impl("batch_norm_forward", fastnorm::batch_norm_forward);
+  m.impl("batch_norm_backward", fastnorm::batch_norm_backward);
+}

@@ -1,0 +1,38 @@
+// The CPU kernels are compiled once per instruction set, each time in a namespace of its own; which one runs is chosen
+// once, from what torch found on this processor (ATEN_CPU_CAPABILITY overrides).
+#pragma once
+
+namespace fastnorm::cpu {
+
+enum class Isa { kDefault, kAvx2, kAvx512 };
+
+Isa isa();  // the chosen one; defined in library.cpp
+
+}  // namespace fastnorm::cpu
+
+// Declares name(const Args&) for every instruction set, and the function that calls the chosen one.
+#ifdef FASTNORM_X86
+#define FASTNORM_CPU_KERNEL(Result, name, Args)            \
+  namespace DEFAULT {                                      \
+  Result name(const Args&);                                \
+  }                                                        \
+  namespace AVX2 {                                         \
+  Result name(const Args&);                                \
+  }                                                        \
+  namespace AVX512 {                                       \
+  Result name(const Args&);                                \
+  }                                                        \
+  inline Result name(const Args& args) {                   \
+    switch (isa()) {                                       \
+      case Isa::kAvx512: return AVX512::name(args);        \
+      case Isa::kAvx2: return AVX2::name(args);            \
+      default: return DEFAULT::name(args);                 \
+    }                                                      \
+  }
+#else
+#define FASTNORM_CPU_KERNEL(Result, name, Args)                                 \
+  namespace DEFAULT {                                                           \
+  Result name(const Args&);                                                     \
+  }                                                                             \
+  inline Result name(const Args& args) { return DEFAULT::name(args); }
+#endif
