@@ -100,7 +100,7 @@ class NinjaBuild(build_ext):
         prefix_maps = [f"-ffile-prefix-map={ROOT}=.", f"-ffile-prefix-map={torch_include}=torch/include"]
         prefix_maps.append(f"-ffile-prefix-map={pybind11.get_include()}=pybind11/include")
         common = ["-std=c++20", "-O3", "-fPIC", "-DNDEBUG", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
-        common += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"] if "clang" not in cxx else []  # false alarms from intrinsics headers
+        common += ["-Wno-uninitialized", "-Wno-psabi", "-Wno-maybe-uninitialized"] if "clang" not in cxx else []  # false alarms from intrinsics headers
         common += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", f"-I{ROOT / 'csrc'}", *prefix_maps]
         common += [f"-isystem{p}" for p in (*cpp_extension.include_paths(), pybind11.get_include(), sysconfig.get_path("include"))]
         common += ["-DFASTNORM_X86"] if x86 else []

@@ -23,7 +23,8 @@ using OptionalTensor = std::optional<Tensor>;
 // x as [n, c, hw] with its layout; what is dense in neither way is copied.
 struct View {
   explicit View(const Tensor& x) : format(x.suggest_memory_format()), channels_last(format != at::MemoryFormat::Contiguous) {
-    TORCH_CHECK(x.dim() >= 2, kOp, ": the input must have 2 or more dimensions (N, C, ...), got shape ", x.sym_sizes());
+    TORCH_CHECK_INDEX(x.dim() >= 2, kOp, ": the input must have 2 or more dimensions (N, C, ...), got shape ",
+                      shape_text(x));
     n = x.sym_size(0), c = x.sym_size(1), hw = 1;
     for (int64_t d = 2; d < x.dim(); d++) hw = hw * x.sym_size(d);
     if (hw == 1) channels_last = true;  // both layouts are the same memory, and rows are the faster kernel
@@ -42,11 +43,12 @@ void check_parameters(const OptionalTensor& weight, const OptionalTensor& bias, 
   for (const auto& p : {weight, bias}) {
     if (!p) continue;
     TORCH_CHECK(p->scalar_type() == x.scalar_type() || (p->scalar_type() == at::kFloat && size_of(dtype_of(x, kOp, "input")) == 2),
-                kOp, ": weight and bias must be ", x.scalar_type(), " like the input, or float32 beside a 16-bit input, got ",
-                p->scalar_type());
+                kOp, ": weight and bias must be ", dtype_text(x.scalar_type()),
+                " like the input, or float32 beside a 16-bit input, got ", dtype_text(p->scalar_type()));
   }
   TORCH_CHECK(!weight || !bias || weight->scalar_type() == bias->scalar_type(), kOp,
-              ": weight and bias must have one dtype, got ", weight->scalar_type(), " and ", bias->scalar_type());
+              ": weight and bias must have one dtype, got ", dtype_text(weight->scalar_type()), " and ",
+              dtype_text(bias->scalar_type()));
 }
 
 OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; }
@@ -68,14 +70,14 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
   check_parameters(weight_in, bias_in, x_in, view.c);
   check_channels(running_mean, x_in, view.c, kOp, "running_mean");
   check_channels(running_var, x_in, view.c, kOp, "running_var");
-  TORCH_CHECK(running_mean.has_value() == running_var.has_value(), kOp,
-              ": running_mean and running_var must both be given or both be None");
-  TORCH_CHECK(training || running_mean, kOp, ": running_mean and running_var must be given in evaluation mode, got None");
+  TORCH_CHECK(training || (running_mean && running_var), kOp,
+              ": running_mean and running_var must be given in evaluation mode, got None");
+  TORCH_CHECK_VALUE(running_mean.has_value() == running_var.has_value(), kOp,
+                    ": running_mean and running_var must both be given or both be None");
   if (running_mean) {
     dtype_of(*running_mean, kOp, "running_mean");
     TORCH_CHECK(running_mean->scalar_type() == running_var->scalar_type(), kOp, ": running_mean and running_var must have one dtype, got ",
-                running_mean->scalar_type(), " and ", running_var->scalar_type());
-    TORCH_CHECK(running_mean->is_contiguous() && running_var->is_contiguous(), kOp, ": running_mean and running_var must be contiguous");
+                dtype_text(running_mean->scalar_type()), " and ", dtype_text(running_var->scalar_type()));
   }
   TORCH_CHECK(!num_batches_tracked || (num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->sym_numel() == 1), kOp,
               ": num_batches_tracked must be one int64");
@@ -91,7 +93,19 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
   const Device device = device_of(x, kOp);
   if (device == Device::kMeta) return {y, stats, mask};
 
+  auto finish = [&] {
+    for (const auto& t : {running_mean, running_var, num_batches_tracked})
+      if (training && t) t->unsafeGetTensorImpl()->bump_version();
+    return std::tuple(y, stats, mask);
+  };
+  if (x.numel() == 0) {  // no statistics, so the running ones stay as they are; the batch counts, as in torch
+    stats.zero_();
+    if (training && num_batches_tracked) num_batches_tracked->add_(1);
+    return finish();
+  }
+
   const OptionalTensor weight = contiguous(weight_in), bias = contiguous(bias_in);
+  const OptionalTensor mean = contiguous(running_mean), var = contiguous(running_var);
   BatchNormForward a{};
   a.n = view.n.expect_int(), a.c = view.c.expect_int(), a.hw = view.hw.expect_int(), a.channels_last = view.channels_last;
   a.dtype = dtype;
@@ -100,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
   a.training = training, a.cumulative = !momentum, a.momentum = momentum.value_or(0), a.eps = eps;
   a.negative_slope = negative_slope, a.activation = activation;
   a.x = x.const_data_ptr(), a.residual = data_or_null(residual), a.weight = data_or_null(weight), a.bias = data_or_null(bias);
-  a.running_mean = mutable_data_or_null(running_mean), a.running_var = mutable_data_or_null(running_var);
+  a.running_mean = mutable_data_or_null(mean), a.running_var = mutable_data_or_null(var);
   a.num_batches_tracked = static_cast<int64_t*>(mutable_data_or_null(num_batches_tracked));
   a.y = y.mutable_data_ptr(), a.stats = stats.mutable_data_ptr();
   a.mask = save_mask ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
@@ -120,16 +134,15 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
     cpu::batch_norm_forward(a);
   }
 #endif
-  if (training)
-    for (const auto& t : {running_mean, running_var, num_batches_tracked})
-      if (t) t->unsafeGetTensorImpl()->bump_version();
-  return {y, stats, mask};
+  if (training && running_mean && !mean->is_same(*running_mean)) running_mean->copy_(*mean);
+  if (training && running_var && !var->is_same(*running_var)) running_var->copy_(*var);
+  return finish();
 }
 
 // The gradients that output_mask asks for, of x, residual, weight, bias; the others are empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     const Tensor& dy_in, const Tensor& x_in, const OptionalTensor& residual_in, const OptionalTensor& weight_in,
-    const OptionalTensor& bias_in, const Tensor& stats, const OptionalTensor& mask, bool training,
+    const OptionalTensor& bias_in, const Tensor& stats, const OptionalTensor& mask, bool training, double /*eps*/,
     std::string_view activation_name, double negative_slope, std::array<bool, 4> output_mask) {
   const View view(x_in);
   const DType dtype = dtype_of(x_in, kOp, "input");
@@ -153,6 +166,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   Tensor dbias = at::empty_symint({output_mask[3] ? view.c : c10::SymInt(0)}, param_options);
   const Device device = device_of(x, kOp);
   if (device == Device::kMeta) return {dx, dresidual, dweight, dbias};
+  if (x.numel() == 0) {
+    dweight.zero_(), dbias.zero_();
+    return {dx, dresidual, dweight, dbias};
+  }
 
   const Tensor dy = view.dense(dy_in);
   const OptionalTensor residual = residual_in ? OptionalTensor(view.dense(*residual_in)) : residual_in;
@@ -198,7 +215,7 @@ TORCH_LIBRARY_FRAGMENT(FASTNORM_LIBRARY, m) {
       {at::Tag::pt2_compliant_tag});
   m.def(
       "batch_norm_backward(Tensor dy, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor stats, "
-      "Tensor? mask, bool training, str activation, float negative_slope, bool[4] output_mask) -> "
+      "Tensor? mask, bool training, float eps, str activation, float negative_slope, bool[4] output_mask) -> "
       "(Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
       {at::Tag::pt2_compliant_tag});
 }

@@ -6,6 +6,8 @@
 #include <c10/util/Exception.h>
 
 #include <optional>
+#include <sstream>
+#include <string>
 #include <string_view>
 
 #include "activation.h"
@@ -26,6 +28,8 @@
 
 namespace fastnorm {
 
+inline std::string_view dtype_text(at::ScalarType t) { return c10::getDtypeNames(t).first; }
+
 inline DType dtype_of(const at::Tensor& t, const char* op, const char* name) {
   switch (t.scalar_type()) {
     case at::kDouble: return DType::kFloat64;
@@ -34,7 +38,7 @@ inline DType dtype_of(const at::Tensor& t, const char* op, const char* name) {
     case at::kBFloat16: return DType::kBFloat16;
     default:
       TORCH_CHECK_NOT_IMPLEMENTED(false, op, ": ", name, " must be float64, float32, float16 or bfloat16, got ",
-                                  t.scalar_type());
+                                  dtype_text(t.scalar_type()));
   }
 }
 
@@ -51,21 +55,28 @@ inline void check_same_device(const at::Tensor& t, const at::Tensor& x, const ch
   TORCH_CHECK(t.device() == x.device(), op, ": ", name, " must be on ", x.device(), " like the input, got ", t.device());
 }
 
+// A shape as Python writes it.
+inline std::string shape_text(const at::Tensor& t) {
+  std::ostringstream text;
+  for (int64_t d = 0; d < t.dim(); d++) text << (d ? ", " : "(") << t.sym_size(d);
+  return text.str() + (t.dim() == 0 ? "()" : t.dim() == 1 ? ",)" : ")");
+}
+
 // A per-channel argument: [channels], on x's device.
 inline void check_channels(const std::optional<at::Tensor>& t, const at::Tensor& x, const c10::SymInt& channels,
                            const char* op, const char* name) {
   if (!t) return;
   TORCH_CHECK(t->dim() == 1 && t->sym_size(0) == channels, op, ": ", name, " must have shape (", channels, ",), got ",
-              t->sym_sizes());
+              shape_text(*t));
   check_same_device(*t, x, op, name);
 }
 
 // A tensor that goes with x element by element.
 inline void check_like(const at::Tensor& t, const at::Tensor& x, const char* op, const char* name) {
-  TORCH_CHECK(t.sym_sizes() == x.sym_sizes(), op, ": ", name, " must have the input's shape ", x.sym_sizes(), ", got ",
-              t.sym_sizes());
-  TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " must have the input's dtype ", x.scalar_type(),
-              ", got ", t.scalar_type());
+  TORCH_CHECK(t.sym_sizes() == x.sym_sizes(), op, ": ", name, " must have the input's shape ", shape_text(x), ", got ",
+              shape_text(t));
+  TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " must have the input's dtype ",
+              dtype_text(x.scalar_type()), ", got ", dtype_text(t.scalar_type()));
   check_same_device(t, x, op, name);
 }
 

@@ -8,7 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
 
 from ._library import ops
 from .activation import TWO_SLOPES, activate, check_activation
@@ -71,6 +74,14 @@ def batch_norm(
         >>> torch.allclose(y, torch.nn.functional.batch_norm(x, None, None, training=True).relu(), atol=1e-5)
         True
     """
+    overloadable = (input, running_mean, running_var, weight, bias, residual)
+    if has_torch_function(overloadable):
+        return handle_torch_function(
+            batch_norm, overloadable, input, running_mean, running_var, weight, bias, training, momentum, eps,
+            activation=activation, residual=residual, negative_slope=negative_slope,
+        )  # fmt: skip
+    if momentum is None:
+        raise TypeError("batch_norm: momentum must be a float, got None")
     return _batch_norm(
         input, residual, weight, bias, running_mean, running_var, None, training, momentum, eps, activation,
         negative_slope,
@@ -109,100 +120,86 @@ def _batch_norm(
     negative_slope: float,
 ) -> Tensor:
     _check_values(x, training, eps)
+    transforming = torch._C._are_functorch_transforms_active()
     if torch.compiler.is_compiling():
-        recording, transforming = torch.is_grad_enabled(), False
+        if transforming:
+            return _in_torch_operators(
+                x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
+                activation, negative_slope,
+            )  # fmt: skip
     else:
-        transforming = torch._C._are_functorch_transforms_active()
-        recording = torch.is_grad_enabled() and (
-            x.requires_grad
-            or (weight is not None and weight.requires_grad)
-            or (bias is not None and bias.requires_grad)
-            or (residual is not None and residual.requires_grad)
-        )
         # Inside a backward pass this is activation checkpointing running forward again: the first run has counted.
         if training and running_mean is not None and torch._C._current_graph_task_id() != -1:
             running_mean = running_var = num_batches_tracked = None
             momentum = 0.0
-        if torch.autograd.forward_ad._current_level >= 0:
-            recording = True
-    name = activation or "none"
-    if not (recording or transforming):
-        return _forward(
-            x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, name,
-            negative_slope, False,
-        )[0]  # fmt: skip
-    mask = residual is not None and name in TWO_SLOPES and not transforming
-    args = (
-        x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, name,
-        negative_slope, mask,
-    )  # fmt: skip
-    if transforming or torch.compiler.is_compiling():
-        return BatchNormFunction.apply(*args)[0]
-    return _eager_apply(*args)[0]
+        if transforming or forward_ad._current_level >= 0:
+            return BatchNormFunction.apply(
+                x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
+                activation or "none", negative_slope,
+            )[0]  # fmt: skip
+    return _forward(
+        x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
+        activation or "none", negative_slope, False,
+    )[0]  # fmt: skip
+
+
+def _in_torch_operators(
+    x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, activation,
+    negative_slope,
+):  # fmt: skip
+    """For torch.func's transforms inside torch.compile, which differentiate and batch only what they know."""
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if momentum is None:
+        momentum = 1.0 / float(num_batches_tracked) if training and running_mean is not None else 0.0
+    z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    return activate(z if residual is None else z + residual, activation, negative_slope)
 
 
 class BatchNormFunction(torch.autograd.Function):
-    """The forward operator with its gradient; returns y, stats, mask."""
+    """The forward operator under torch.func's transforms and in forward mode; returns y and stats.
+
+    Plain reverse mode is csrc/batch_norm_autograd.cpp's, which a tiny batch notices.
+    """
 
     @staticmethod
     def forward(
         x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, activation,
-        negative_slope, save_mask,
+        negative_slope,
     ):  # fmt: skip
         return _forward(
             x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
-            activation, negative_slope, save_mask,
-        )  # fmt: skip
+            activation, negative_slope, False,
+        )[:2]  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, residual, weight, bias, _, _, _, training, _, eps, activation, negative_slope, save_mask = inputs
-        _, stats, mask = output
-        ctx.mark_non_differentiable(stats, mask)
+        x, residual, weight, bias, _, _, _, training, _, eps, activation, negative_slope = inputs
+        ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.config = (training, eps, activation, negative_slope)
-        ctx.has_residual = residual is not None
-        # A linear end or a mask leaves nothing to recompute from the residual; a linear end nothing from the bias.
-        kept_residual = None if save_mask or activation == "none" else residual
-        saved = (x, kept_residual, weight, bias, stats, mask if save_mask else None)
+        saved = (x, residual, weight, bias, output[1])
         ctx.save_for_backward(*saved)
-        ctx.save_for_forward(x, residual, weight, bias, stats)
+        ctx.save_for_forward(*saved)
 
     @staticmethod
-    def backward(ctx, dy, _stats, _mask):
+    def backward(ctx, dy, _stats):
         if dy is None:
-            return (None,) * 13
-        x, residual, weight, bias, stats, mask = ctx.saved_tensors
-        training, eps, activation, negative_slope = ctx.config
-        need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
-        through = need_residual and activation == "none"  # then the residual's gradient is dy itself
-        needs = [need_x, need_residual and not through, need_weight, need_bias]
-        if torch.compiler.is_compiling() or not (
-            torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-        ):
-            grads = _backward(
-                dy, x, residual, weight, bias, stats, mask, training, activation, negative_slope, needs
-            )
-        else:
-            grads = BatchNormBackwardFunction.apply(
-                dy, x, residual, weight, bias, stats, mask, training, eps, activation, negative_slope, needs
-            )
-        dx, dresidual, dweight, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
-        if through:
-            dresidual = dy
-        return dx, dresidual, dweight, dbias, None, None, None, None, None, None, None, None, None
+            return (None,) * 12
+        needs = list(ctx.needs_input_grad[:4])
+        grads = iter(BatchNormBackwardFunction.apply(dy, *ctx.saved_tensors, None, *ctx.config, needs))
+        return *(next(grads) if need else None for need in needs), *(None,) * 8
 
     @staticmethod
-    def jvp(ctx, x_t, residual_t, weight_t, bias_t, *_):
-        x, residual, weight, bias, stats = ctx.saved_tensors
-        given = {i: t for i, t in enumerate((x, residual, weight, bias)) if t is not None}
+    def jvp(ctx, *tangents):
+        *tensors, stats = ctx.saved_tensors
+        given = {i: t for i, t in enumerate(tensors) if t is not None}
 
         def function(*values: Tensor) -> tuple[Tensor, ...]:
             at = dict(zip(given, values, strict=True))
             return (_composite(*(at.get(i) for i in range(4)), stats, *ctx.config),)
 
-        tangents = (x_t, residual_t, weight_t, bias_t)
-        return push_forward(function, tuple(given.values()), [tangents[i] for i in given])[0], None, None
+        return push_forward(function, tuple(given.values()), [tangents[i] for i in given])[0], None
 
     @staticmethod
     def vmap(
@@ -217,7 +214,7 @@ class BatchNormFunction(torch.autograd.Function):
         if in_dims[6] is not None:  # all have counted the same batches
             counts, num_batches_tracked = num_batches_tracked, num_batches_tracked.select(in_dims[6], 0).clone()
         running = [fold.channels(4, running_mean), fold.channels(5, running_var)]
-        y, stats, mask = BatchNormFunction.apply(
+        y, stats = BatchNormFunction.apply(
             fold.data(0, x), fold.data(1, residual), fold.channels(2, weight), fold.channels(3, bias), *running,
             num_batches_tracked, training, *config,
         )  # fmt: skip
@@ -226,20 +223,22 @@ class BatchNormFunction(torch.autograd.Function):
             fold.write_back(5, running_var, running[1])
         if in_dims[6] is not None:
             counts.copy_(num_batches_tracked.expand_as(counts))
-        pairs = (fold.unfold(y, 1), fold.unfold(stats, 1), (mask, None))
-        return tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
-
-
-# What Function.apply does when no torch.func transform is active, without binding the arguments to names each time.
-_eager_apply = super(torch.autograd.Function, BatchNormFunction).apply
+        (y, y_dim), (stats, stats_dim) = fold.unfold(y, 1), fold.unfold(stats, 1)
+        return (y, stats), (y_dim, stats_dim)
 
 
 class BatchNormBackwardFunction(torch.autograd.Function):
-    """The backward operator with its own gradient, by differentiating batch norm written in torch's operators."""
+    """The backward operator with a gradient of its own: that of batch norm written in torch's operators.
+
+    Returns those gradients of x, residual, weight and bias that `needs` asks for.
+    """
 
     @staticmethod
     def forward(dy, x, residual, weight, bias, stats, mask, training, eps, activation, negative_slope, needs):
-        return _backward(dy, x, residual, weight, bias, stats, mask, training, activation, negative_slope, needs)
+        grads = _backward(
+            dy, x, residual, weight, bias, stats, mask, training, eps, activation, negative_slope, needs
+        )
+        return tuple(g for g, need in zip(grads, needs, strict=True) if need)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -278,27 +277,37 @@ class BatchNormBackwardFunction(torch.autograd.Function):
     def backward(ctx, *grads):
         gradients, given = BatchNormBackwardFunction._as_function(ctx)
         outputs, pull_back = torch.func.vjp(gradients, *given.values())
-        incoming = [g for g, need in zip(grads, ctx.needs, strict=True) if need]
-        cotangents = tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, incoming, strict=True))
+        cotangents = tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grads, strict=True))
         result = dict(zip(given, pull_back(cotangents), strict=True))
         return tuple(result.get(i) for i in range(12))
 
     @staticmethod
     def jvp(ctx, *tangents):
         gradients, given = BatchNormBackwardFunction._as_function(ctx)
-        pushed = iter(push_forward(gradients, tuple(given.values()), [tangents[i] for i in given]))
-        return tuple(next(pushed) if need else None for need in ctx.needs)
+        return push_forward(gradients, tuple(given.values()), [tangents[i] for i in given])
 
     @staticmethod
     def vmap(info, in_dims, dy, x, residual, weight, bias, stats, mask, *config):
         fold = ChannelFold(info.batch_size, in_dims)
-        results = BatchNormBackwardFunction.apply(
+        grads = BatchNormBackwardFunction.apply(
             fold.data(0, dy), fold.data(1, x), fold.data(2, residual), fold.channels(3, weight), fold.channels(4, bias),
             fold.data(5, stats), mask, *config,
         )  # fmt: skip
-        dx, dresidual, dweight, dbias = results
-        pairs = (fold.unfold(dx, 1), fold.unfold(dresidual, 1), fold.unfold(dweight, 0), fold.unfold(dbias, 0))
+        channel_dims = [dim for dim, need in zip((1, 1, 0, 0), config[-1], strict=True) if need]
+        pairs = [fold.unfold(g, dim) for g, dim in zip(grads, channel_dims, strict=True)]
         return tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
+
+
+def _backward_recorded(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    needs = args[-1]
+    grads = iter(BatchNormBackwardFunction.apply(dy, *args))
+    return tuple(next(grads) if need else dy.new_empty(0) for need in needs)
+
+
+# The backward operator calls this one where its own gradient is wanted (csrc/batch_norm_autograd.cpp).
+_library = torch.library.Library("fastnorm", "FRAGMENT")
+_library.define(f"batch_norm_backward_recorded{str(_backward._schema).partition('batch_norm_backward')[2]}")
+_library.impl("batch_norm_backward_recorded", _backward_recorded, "CompositeImplicitAutograd")
 
 
 def _composite(
@@ -369,6 +378,9 @@ class _FusedBatchNorm:
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """activation(norm(input) + residual)"""
+        if type(input) is not Tensor and isinstance(input, fx.Proxy):  # a leaf of the trace, as torch.nn's modules are
+            args = (input,) if residual is None else (input, residual)
+            return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), args, {})
         self._check_input_dim(input)
         training = self.training
         buffers = self._buffers

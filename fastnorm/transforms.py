@@ -44,10 +44,8 @@ class ChannelFold:
         """(C,) -> (batch * C,)"""
         return self._fold(argument, t, 0)
 
-    def unfold(self, t: Tensor, channel_dim: int) -> tuple[Tensor, int | None]:
-        """The result and its batch dimension; an empty one stands for a result that nobody asked for."""
-        if t.dim() == 1 and t.numel() == 0:
-            return t, None
+    def unfold(self, t: Tensor, channel_dim: int) -> tuple[Tensor, int]:
+        """A folded result with the batch dimension apart again, and where that is."""
         return t.unflatten(channel_dim, (self.batch, -1)), channel_dim
 
     def write_back(self, argument: int, t: Tensor, folded: Tensor) -> None:

@@ -100,7 +100,7 @@ inline void normalize(const BatchNormForward& a, const Coefficients& c, int64_t 
   const T* const x = static_cast<const T*>(a.x) + at;
   const T* const residual = static_cast<const T*>(a.residual) + at;
   T* const y = static_cast<T*>(a.y) + at;
-  for_packs<T>(len, [&](int64_t i, auto count) {
+  auto pack = [&](int64_t i, auto count, auto...) {
     if (read_ahead) prefetch(x + i + read_ahead);
     if (kResidual && read_ahead) prefetch(residual + i + read_ahead);
     prefetch<T, true>(y + i + write_ahead);
@@ -109,7 +109,9 @@ inline void normalize(const BatchNormForward& a, const Coefficients& c, int64_t 
     if constexpr (kResidual && kind != Kind::kNone)
       if (mask) store_bits(mask + i / 8, slope_bits<kind>(a.activation, z), count);
     store(y + i, apply<kind>(a, z), count);
-  });
+  };
+  // Bits start on bytes, and so do packs that have them.
+  mask ? for_packs<T>(len, pack) : for_overlapping_packs<T>(len, pack);
 }
 
 // ---- Forward --------------------------------------------------------------------------------------------------------
@@ -143,11 +145,15 @@ void forward_planes(const BatchNormForward& a) {
   using A = Accumulate<T>;
   const int64_t stride = a.c * a.hw;
   if (!a.training) {
+    auto* const channels = static_cast<Channel<A>*>(a.workspace);
+    for (int64_t c = 0; c < a.c; c++) channels[c] = finish_forward<A>(a, c, nullptr);
     const int64_t planes = a.n * a.c, step = std::max<int64_t>(1, 65536 / a.hw);
     parallel(a.threads, [&](Team team) {
       team.for_each((planes + step - 1) / step, [&](int64_t block) {
-        for (int64_t p = block * step; p < std::min(planes, (block + 1) * step); p++)
-          forward_plane<T, kind, kResidual>(a, Uniform<A>(finish_forward<A>(a, p % a.c, nullptr)), p, 0);
+        for (int64_t p = block * step, c = p % a.c; p < std::min(planes, (block + 1) * step); p++) {
+          forward_plane<T, kind, kResidual>(a, Uniform<A>(channels[c]), p, 0);
+          c = c + 1 == a.c ? 0 : c + 1;
+        }
       });
     });
     return;
@@ -340,7 +346,7 @@ inline P slope_times(const BatchNormBackward& a, P dy, P z, int64_t at, const ui
   if constexpr (slope == Slope::kRelu) return select(less_equal(z, P(A(0))), P(A(0)), dy);
   if constexpr (slope == Slope::kMask) {
     const P other = a.activation == Activation::kLeakyRelu ? dy * P(A(a.negative_slope)) : P(A(0));
-    return select(mask_of_bits<A>(load_bits<A>(mask, count)), dy, other);
+    return select_bits(load_bits(mask, count), dy, other);
   }
   if constexpr (slope == Slope::kGeneralResidual) z = z + load(static_cast<const T*>(a.residual) + at, count);
   return {dy.a * activation_gradient(a.activation, z.a, s), dy.b * activation_gradient(a.activation, z.b, s)};
@@ -374,7 +380,7 @@ template <class T, Slope slope, class Coefficients>
 inline void backward_span(const BatchNormBackward& a, const Coefficients& c, int64_t at, int64_t len, const uint8_t* mask,
                           int64_t read_ahead, int64_t write_ahead) {
   T *const dx = static_cast<T*>(a.dx), *const dresidual = static_cast<T*>(a.dresidual);
-  for_packs<T>(len, [&](int64_t i, auto count) {
+  auto pack = [&](int64_t i, auto count, auto...) {
     if (read_ahead) {
       prefetch(static_cast<const T*>(a.x) + at + i + read_ahead);
       prefetch(static_cast<const T*>(a.dy) + at + i + read_ahead);
@@ -389,7 +395,9 @@ inline void backward_span(const BatchNormBackward& a, const Coefficients& c, int
       const auto inner = g.dz - fmadd(g.centered, c.get(kSlope, i), c.get(kOffset, i));
       store(dx + at + i, inner * c.get(kScale, i), count);
     }
-  });
+  };
+  if constexpr (slope == Slope::kMask) for_packs<T>(len, pack);
+  else for_overlapping_packs<T>(len, pack);
 }
 
 // ---- Backward -------------------------------------------------------------------------------------------------------
@@ -401,60 +409,66 @@ Channel<A> start_backward(const BatchNormBackward& a, int64_t c) {
                     read(a.bias, a.param_dtype, c, 0));
 }
 
-// From the sums of dz and dz * (x - mean), where mean lacks its low word.
+struct Sums {
+  double dz = 0, dz_centered = 0;  // centered: x - mean, where mean lacks its low word
+
+  void add(const Sums& o) { dz += o.dz, dz_centered += o.dz_centered; }
+};
+
 template <class A>
-Channel<A> finish_backward(const BatchNormBackward& a, int64_t c, double sum_dz, double sum_dz_centered) {
+Channel<A> finish_backward(const BatchNormBackward& a, int64_t c, const Sums& sums) {
   const A* const stats = static_cast<const A*>(a.stats);
   const double low = double(stats[a.c + c]), rstd = double(stats[2 * a.c + c]);
-  const double sum_dz_xhat = (sum_dz_centered - low * sum_dz) * rstd, n = double(a.n) * double(a.hw);
+  const double sum_dz_xhat = (sums.dz_centered - low * sums.dz) * rstd, n = double(a.n) * double(a.hw);
   write(a.dweight, a.param_dtype, c, sum_dz_xhat);
-  write(a.dbias, a.param_dtype, c, sum_dz);
+  write(a.dbias, a.param_dtype, c, sums.dz);
   Channel<A> channel = start_backward<A>(a, c);
   if (a.training) {
     const double slope = sum_dz_xhat / n * rstd;
-    channel.v[kSlope] = A(slope), channel.v[kOffset] = A(sum_dz / n - low * slope);
+    channel.v[kSlope] = A(slope), channel.v[kOffset] = A(sums.dz / n - low * slope);
   }
   return channel;
 }
 
-struct Sums {
-  double dz = 0, dz_centered = 0;
-};
-
+// Of one segment of channel c; the next one's data is fetched ahead.
 template <class T, Slope slope, bool kFrozen>
-Sums plane_sums(const BatchNormBackward& a, const Uniform<Accumulate<T>>& c, int64_t plane, int64_t offset, int64_t len,
-                int64_t ahead) {
-  using P = Pack<Accumulate<T>>;
-  const uint8_t* const mask = a.mask + (a.mask ? plane * ((a.hw + 7) / 8) + offset / 8 : 0);
-  const int64_t at = plane * a.hw + offset;
-  P sum(0), product(0), sum2(0), product2(0);
-  auto add = [&](int64_t i, P& s, P& p, auto count) {
-    prefetch(static_cast<const T*>(a.x) + at + i + ahead), prefetch(static_cast<const T*>(a.dy) + at + i + ahead);
-    const Gradient<T, slope, Uniform<Accumulate<T>>> g(a, c, at + i, i, mask, count);
-    s = s + g.dz, p = fmadd(g.dz, g.centered, p);
-    if constexpr (kFrozen) write_frozen<T, slope>(a, c, g, at + i, i, count);
-  };
-  int64_t i = 0;
-  for (; i + 2 * kLanes<T> <= len; i += 2 * kLanes<T>) {
-    add(i, sum, product, Full<T>());
-    add(i + kLanes<T>, sum2, product2, Full<T>());
+Sums segment_sums(const BatchNormBackward& a, const Uniform<Accumulate<T>>& coefficients, int64_t c, int64_t first,
+                  int64_t planes, int64_t offset, int64_t len) {
+  using A = Accumulate<T>;
+  using P = Pack<A>;
+  constexpr int64_t W = kLanes<T>;
+  const P again = P::after(W - len % W);
+  P sum(A(0)), product(A(0));
+  for (int64_t n = first; n < first + planes; n++) {
+    const int64_t plane = n * a.c + c, at = plane * a.hw + offset;
+    const int64_t ahead = offset + len < a.hw ? len : n + 1 < a.n ? a.c * a.hw : a.hw - n * a.c * a.hw;
+    const uint8_t* const mask = a.mask + (a.mask ? plane * ((a.hw + 7) / 8) + offset / 8 : 0);
+    auto add = [&](int64_t i, auto count, auto taken) {
+      prefetch(static_cast<const T*>(a.x) + at + i + ahead), prefetch(static_cast<const T*>(a.dy) + at + i + ahead);
+      Gradient<T, slope, Uniform<A>> g(a, coefficients, at + i, i, mask, count);
+      if constexpr (kFrozen) write_frozen<T, slope>(a, coefficients, g, at + i, i, count);
+      if constexpr (std::is_same_v<decltype(taken), int64_t>) g.dz = g.dz & again;
+      sum = sum + g.dz, product = fmadd(g.dz, g.centered, product);
+    };
+    if constexpr (slope == Slope::kMask) {
+      for_packs<T>(len, [&](int64_t i, auto count) { add(i, count, 0); });
+    } else {
+      for_overlapping_packs<T>(len, add);
+    }
   }
-  for_packs<T>(len - i, [&](int64_t j, auto count) { add(i + j, sum, product, count); });
-  return {double((sum + sum2).sum()), double((product + product2).sum())};
+  return {double(sum.sum()), double(product.sum())};
 }
 
 template <class T, Slope slope>
 void backward_planes(const BatchNormBackward& a) {
   using A = Accumulate<T>;
-  const int64_t stride = a.c * a.hw, pieces = (a.hw + kSegment - 1) / kSegment;
-  // The sums of a plane, piece by piece, and always in that order.
-  auto add_plane = [&](Sums& sums, const Uniform<A>& coefficients, int64_t plane, int64_t ahead) {
-    for (int64_t j = 0; j < pieces; j++) {
-      const int64_t len = std::min(kSegment, a.hw - j * kSegment);
-      const Sums s = a.training ? plane_sums<T, slope, false>(a, coefficients, plane, j * kSegment, len, ahead)
-                                : plane_sums<T, slope, true>(a, coefficients, plane, j * kSegment, len, ahead);
-      sums.dz += s.dz, sums.dz_centered += s.dz_centered;
-    }
+  const Segments segments(a.n, a.hw);
+  const int64_t stride = a.c * a.hw;
+  auto segment = [&](const Uniform<A>& coefficients, int64_t c, int64_t j) {
+    return segments.visit(j, [&](auto... where) {
+      return a.training ? segment_sums<T, slope, false>(a, coefficients, c, where...)
+                        : segment_sums<T, slope, true>(a, coefficients, c, where...);
+    });
   };
   auto plane_gradient = [&](const Uniform<A>& coefficients, int64_t plane, int64_t ahead) {
     const uint8_t* const mask = a.mask ? a.mask + plane * ((a.hw + 7) / 8) : nullptr;
@@ -466,29 +480,24 @@ void backward_planes(const BatchNormBackward& a) {
       team.for_each(a.c, [&](int64_t c) {
         const Uniform<A> before(start_backward<A>(a, c));
         Sums sums;
-        for (int64_t n = 0; n < a.n; n++) {
-          Sums plane;
-          add_plane(plane, before, n * a.c + c, n + 1 < a.n ? stride : -(a.n - 1) * stride + a.hw);
-          sums.dz += plane.dz, sums.dz_centered += plane.dz_centered;
-        }
-        const Uniform<A> after(finish_backward<A>(a, c, sums.dz, sums.dz_centered));
+        for (int64_t j = 0; j < segments.count(); j++) sums.add(segment(before, c, j));
+        const Uniform<A> after(finish_backward<A>(a, c, sums));
         for (int64_t n = a.n - 1; second_pass && n >= 0; n--) plane_gradient(after, n * a.c + c, n ? -stride : 0);
       });
     });
     return;
   }
-  auto* const partial = static_cast<Sums*>(a.workspace);  // [n][c]
-  auto* const channels = reinterpret_cast<Channel<A>*>(partial + a.n * a.c);
+  auto* const partial = static_cast<Sums*>(a.workspace);  // [c][segments]
+  auto* const channels = reinterpret_cast<Channel<A>*>(partial + a.c * segments.count());
   parallel(a.threads, [&](Team team) {
-    team.for_each(a.n * a.c, [&](int64_t plane) {
-      partial[plane] = Sums{};
-      add_plane(partial[plane], Uniform<A>(start_backward<A>(a, plane % a.c)), plane, 0);
+    team.for_each(a.c * segments.count(), [&](int64_t i) {
+      const int64_t c = i / segments.count();
+      partial[i] = segment(Uniform<A>(start_backward<A>(a, c)), c, i % segments.count());
     });
     team.for_each(a.c, [&](int64_t c) {
       Sums sums;
-      for (int64_t n = 0; n < a.n; n++)
-        sums.dz += partial[n * a.c + c].dz, sums.dz_centered += partial[n * a.c + c].dz_centered;
-      channels[c] = finish_backward<A>(a, c, sums.dz, sums.dz_centered);
+      for (int64_t j = 0; j < segments.count(); j++) sums.add(partial[c * segments.count() + j]);
+      channels[c] = finish_backward<A>(a, c, sums);
     });
     if (second_pass)
       team.for_each(a.n * a.c, [&](int64_t i) {
@@ -557,7 +566,7 @@ void backward_rows(const BatchNormBackward& a) {
           for (int64_t c = first; c < last; c++)
             dz[c] += work.chunk_sums(rows, i, 0)[c], dz_centered[c] += work.chunk_sums(rows, i, 1)[c];
         for (int64_t c = first; c < last; c++)
-          rows.set(coefficients, c, finish_backward<A>(a, c, dz[c], dz_centered[c]));
+          rows.set(coefficients, c, finish_backward<A>(a, c, Sums{dz[c], dz_centered[c]}));
       });
     });
     if (!a.training || !(a.dx || a.dresidual)) return;
@@ -589,7 +598,8 @@ size_t batch_norm_forward_workspace(const BatchNormForward& a) {
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (a.channels_last) bytes = RowsWorkspace<T>::bytes(Rows<T>(a.n * a.hw, a.c), a.threads);
-    else if (a.training && a.threads > 1 && a.c < 4 * a.threads)
+    else if (!a.training) bytes = a.c * sizeof(Channel<Accumulate<T>>);
+    else if (a.threads > 1 && a.c < 4 * a.threads)
       bytes = a.c * (Segments(a.n, a.hw).count() * sizeof(Moments) + sizeof(Channel<Accumulate<T>>));
   });
   return bytes;
@@ -601,7 +611,7 @@ size_t batch_norm_backward_workspace(const BatchNormBackward& a) {
     using T = decltype(zero);
     if (a.channels_last) bytes = RowsWorkspace<T>::bytes(Rows<T>(a.n * a.hw, a.c), a.threads);
     else if (a.threads > 1 && a.c < 4 * a.threads)
-      bytes = a.c * (a.n * sizeof(Sums) + sizeof(Channel<Accumulate<T>>));
+      bytes = a.c * (Segments(a.n, a.hw).count() * sizeof(Sums) + sizeof(Channel<Accumulate<T>>));
   });
   return bytes;
 }

@@ -33,7 +33,10 @@ inline Moments shifted_moments(const T* x, int64_t spans, int64_t stride, int64_
   const int64_t head = std::min(len, W);
   const A k = load(x, head).sum() / A(head);
   const P shift(k);
+  // The lanes that count of what is left after the last full pack: a short load, or a full one that begins earlier.
+  const P tail = len < W ? P::first(len) : P::after(W - len % W);
   P s0(A(0)), s1(A(0)), q0(A(0)), q1(A(0));
+  auto add = [&](P d) { s0 = s0 + d, q0 = fmadd(d, d, q0); };
   for (int64_t j = 0; j < spans; j++, x += stride) {
     const T* const ahead = j + 1 < spans ? x + stride : next;
     int64_t i = 0;
@@ -43,11 +46,11 @@ inline Moments shifted_moments(const T* x, int64_t spans, int64_t stride, int64_
       s0 = s0 + d0, s1 = s1 + d1;
       q0 = fmadd(d0, d0, q0), q1 = fmadd(d1, d1, q1);
     }
-    for (; i < len; i += W) {
-      prefetch(ahead + i);
-      const P d = (load(x + i, std::min(W, len - i)) - shift).first(len - i);
-      s0 = s0 + d, q0 = fmadd(d, d, q0);
-    }
+    for (; i + W <= len; i += W) add(load(x + i, Full<T>()) - shift);
+    if (i == len) continue;
+    prefetch(ahead + i);
+    if (len < W) add((load(x, len) - shift) & tail);
+    else add((load(x + len - W, Full<T>()) - shift) & tail);
   }
   const double n = double(spans) * len, s = (s0 + s1).sum(), q = (q0 + q1).sum();
   return {n, double(k) + s / n, std::max(q - s * s / n, 0.0)};

@@ -55,11 +55,17 @@ struct Pack {
   friend Pack less_equal(Pack x, Pack y) { return {x.a <= y.a, x.b <= y.b}; }
   friend Pack operator|(Pack x, Pack y) { return {x.a | y.a, x.b | y.b}; }
 
-  // the first count lanes, zero in the others
-  Pack first(int64_t count) const {
+  // A mask of the first count lanes.
+  static Pack first(int64_t count) {
     const V lane = V::arange(A(0), A(1)), n = V(A(count));
-    return {a & (lane < n), b & (lane + V(A(kHalf)) < n)};
+    return {lane < n, lane + V(A(kHalf)) < n};
   }
+  // ... and of all but the first count.
+  static Pack after(int64_t count) {
+    const V lane = V::arange(A(0), A(1)), n = V(A(count));
+    return {n <= lane, n <= lane + V(A(kHalf))};
+  }
+  friend Pack operator&(Pack x, Pack y) { return {x.a & y.a, x.b & y.b}; }
   A sum() const {
     return at::vec::vec_reduce_all<A>([](V x, V y) { return x + y; }, a + b);
   }
@@ -115,6 +121,17 @@ inline void for_packs(int64_t len, F f) {
   if (i < len) f(i, len - i);
 }
 
+// The same for elements that may be taken twice: the last pack is full again and ends with the span, overlapping the one
+// before.  f(i, count, again): `again` is how many of its first lanes were taken already, a constant 0 in the body.
+template <class T, class F>
+inline void for_overlapping_packs(int64_t len, F f) {
+  constexpr int64_t W = kLanes<T>;
+  if (len < W) return f(int64_t(0), len, std::integral_constant<int64_t, 0>());
+  int64_t i = 0;
+  for (; i + W <= len; i += W) f(i, Full<T>(), std::integral_constant<int64_t, 0>());
+  if (i < len) f(len - W, Full<T>(), int64_t(i - (len - W)));
+}
+
 template <class T, bool kWrite = false>
 inline void prefetch(const T* p) {
   for (int64_t byte = 0; byte < int64_t(sizeof(T)) * kLanes<T>; byte += 64)
@@ -123,21 +140,36 @@ inline void prefetch(const T* p) {
 
 // ---- Bits -----------------------------------------------------------------------------------------------------------
 
+// Little-endian, as every processor that torch runs on.
 template <class Count>
 inline void store_bits(uint8_t* p, uint32_t bits, Count count) {
-  std::memcpy(p, &bits, (count + 7) / 8);  // little-endian, as every processor that torch runs on
+  if constexpr (!std::is_same_v<Count, int64_t>) {
+    std::memcpy(p, &bits, count / 8);
+  } else {
+    for (int64_t i = 0; i < count; i += 8) p[i / 8] = uint8_t(bits >> i);
+  }
 }
 
-template <class A, class Count>
+template <class Count>
 inline uint32_t load_bits(const uint8_t* p, Count count) {
   uint32_t bits = 0;
-  std::memcpy(&bits, p, (count + 7) / 8);
+  if constexpr (!std::is_same_v<Count, int64_t>) {
+    std::memcpy(&bits, p, count / 8);
+  } else {
+    for (int64_t i = 0; i < count; i += 8) bits |= uint32_t(p[i / 8]) << i;
+  }
   return bits;
 }
 
-// All ones in the lanes whose bit is set.
+// bit ? x : y in every lane.
 template <class A>
-inline Pack<A> mask_of_bits(uint32_t bits) {
+inline Pack<A> select_bits(uint32_t bits, Pack<A> x, Pack<A> y) {
+#ifdef CPU_CAPABILITY_AVX512  // which has the bits' type in hardware
+  if constexpr (std::is_same_v<A, float>)
+    return {_mm512_mask_mov_ps(y.a, __mmask16(bits), x.a), _mm512_mask_mov_ps(y.b, __mmask16(bits >> 16), x.b)};
+  else
+    return {_mm512_mask_mov_pd(y.a, __mmask8(bits), x.a), _mm512_mask_mov_pd(y.b, __mmask8(bits >> 8), x.b)};
+#else
   using Int = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
   using VI = at::vec::Vectorized<Int>;
   using P = Pack<A>;
@@ -150,7 +182,8 @@ inline Pack<A> mask_of_bits(uint32_t bits) {
   }();
   const VI lane = VI::loadu(lane_bits.v);
   auto half = [&](uint32_t h) { return at::vec::cast<A, Int>((VI(Int(h)) & lane) == lane); };
-  return P(half(bits), half(bits >> P::kHalf));
+  return select(P(half(bits), half(bits >> P::kHalf)), x, y);
+#endif
 }
 
 // ---- Types at run time ----------------------------------------------------------------------------------------------

@@ -187,9 +187,9 @@ __device__ __forceinline__ unsigned cluster_size() {
 #endif
 }
 
-// A barrier of all threads of the cluster; what they wrote before it, to shared or global memory, all of them see after.
-// There must be one before a peer's shared memory is first touched, as it may not run yet, and one after the last time,
-// as it may be gone.
+// A barrier of all threads of the cluster; what they wrote before it, to shared or global memory, all of them see
+// after. There must be one before a peer's shared memory is first touched, as it may not run yet, and one after the
+// last time, as it may be gone.
 __device__ __forceinline__ void cluster_sync() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   __cluster_barrier_arrive();  // with release
@@ -199,9 +199,9 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
-// A barrier in two steps that orders no memory, for the end of a kernel: every thread arrives when it has read the last of
-// its peers' shared memory, goes on with other work, and waits before it returns.  cluster_sync() there would first wait
-// for the thread's own stores to global memory.
+// A barrier in two steps that orders no memory, for the end of a kernel: every thread arrives when it has read the last
+// of its peers' shared memory, goes on with other work, and waits before it returns.  cluster_sync() there would first
+// wait for the thread's own stores to global memory.
 __device__ __forceinline__ void cluster_arrive_relaxed() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   __cluster_barrier_arrive_relaxed();
