@@ -7,6 +7,7 @@
 // Backward is the same twice: sums of dz and dz * (x - mean) per channel, then dx.
 #include "../batch_norm.h"
 
+#include "huge_pages.h"
 #include "moments.h"
 #include "parallel.h"
 #include "vector.h"
@@ -30,14 +31,13 @@ struct Channel {
 // The same coefficients for every element, as in a plane ...
 template <class A>
 struct Uniform {
-  Pack<A> v[kCoefficients];
+  A v[kCoefficients];
 
-  explicit Uniform(const Channel<A>& c) {
-    for (int k = 0; k < kCoefficients; k++) v[k] = Pack<A>(c.v[k]);
-  }
-  Pack<A> get(Coefficient k, int64_t) const { return v[k]; }
+  explicit Uniform(const Channel<A>& c) { std::copy(c.v, c.v + kCoefficients, v); }
+  Pack<A> get(Coefficient k, int64_t) const { return Pack<A>(v[k]); }
 };
 
+// (passed by value: a vector store may alias anything that has an address, and these belong in registers)
 // ... or others for every column, as in a row: [kCoefficients][columns], padded to whole packs.
 template <class A>
 struct PerColumn {
@@ -95,7 +95,7 @@ inline uint32_t slope_bits(Activation activation, Pack<A> z) {
 
 // y = activation((x - mean) * scale + shift + residual) over len elements from `at` on; mask: their bits.
 template <class T, Kind kind, bool kResidual, class Coefficients>
-inline void normalize(const BatchNormForward& a, const Coefficients& c, int64_t at, int64_t len, uint8_t* mask,
+inline void normalize(const BatchNormForward& a, const Coefficients c, int64_t at, int64_t len, uint8_t* mask,
                       int64_t read_ahead, int64_t write_ahead) {
   const T* const x = static_cast<const T*>(a.x) + at;
   const T* const residual = static_cast<const T*>(a.residual) + at;
@@ -377,7 +377,7 @@ inline void write_frozen(const BatchNormBackward& a, const Coefficients& c, cons
 
 // dx and dresidual of len elements from `at` on.
 template <class T, Slope slope, class Coefficients>
-inline void backward_span(const BatchNormBackward& a, const Coefficients& c, int64_t at, int64_t len, const uint8_t* mask,
+inline void backward_span(const BatchNormBackward& a, const Coefficients c, int64_t at, int64_t len, const uint8_t* mask,
                           int64_t read_ahead, int64_t write_ahead) {
   T *const dx = static_cast<T*>(a.dx), *const dresidual = static_cast<T*>(a.dresidual);
   auto pack = [&](int64_t i, auto count, auto...) {
@@ -432,7 +432,7 @@ Channel<A> finish_backward(const BatchNormBackward& a, int64_t c, const Sums& su
 
 // Of one segment of channel c; the next one's data is fetched ahead.
 template <class T, Slope slope, bool kFrozen>
-Sums segment_sums(const BatchNormBackward& a, const Uniform<Accumulate<T>>& coefficients, int64_t c, int64_t first,
+Sums segment_sums(const BatchNormBackward& a, const Uniform<Accumulate<T>> coefficients, int64_t c, int64_t first,
                   int64_t planes, int64_t offset, int64_t len) {
   using A = Accumulate<T>;
   using P = Pack<A>;
@@ -617,6 +617,7 @@ size_t batch_norm_backward_workspace(const BatchNormBackward& a) {
 }
 
 void batch_norm_forward(const BatchNormForward& a) {
+  prefer_huge_pages(a.y, a.n * a.c * a.hw * size_of(a.dtype));
   if (a.training && a.num_batches_tracked) ++*a.num_batches_tracked;
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -632,6 +633,8 @@ void batch_norm_forward(const BatchNormForward& a) {
 }
 
 void batch_norm_backward(const BatchNormBackward& a) {
+  prefer_huge_pages(a.dx, a.n * a.c * a.hw * size_of(a.dtype));
+  prefer_huge_pages(a.dresidual, a.n * a.c * a.hw * size_of(a.dtype));
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (a.activation == Activation::kNone) return backward<T, Slope::kOne>(a);
