@@ -254,7 +254,8 @@ void chunk_moments(const T* x, const Rows<T>& rows, int64_t begin, int64_t end, 
   double seen = 0;
   for (int64_t block = begin; block < end; block += kBlockRows * columns) {
     const int64_t block_end = std::min(end, block + kBlockRows * columns);
-    for (int64_t i = 0; i < columns; i++) k[i] = A(x[block + i % c]);
+    for (int64_t i = 0; i < c; i++) k[i] = A(x[block + i]);
+    for (int64_t i = c; i < columns; i++) k[i] = k[i - c];
     std::fill(s, s + columns, A(0)), std::fill(q, q + columns, A(0));
     int64_t row = block;
     for (; row + kUnroll * columns <= block_end; row += kUnroll * columns) {
@@ -272,7 +273,7 @@ void chunk_moments(const T* x, const Rows<T>& rows, int64_t begin, int64_t end, 
     }
     for (; row < block_end; row += columns) {
       for_packs<T>(std::min(columns, block_end - row), [&](int64_t i, auto count) {
-        const auto d = (load(x + row + i, count) - load(k + i, Full<A>())).first(count);
+        const auto d = (load(x + row + i, count) - load(k + i, Full<A>())) & Pack<A>::first(count);
         store(s + i, load(s + i, Full<A>()) + d, Full<A>());
         store(q + i, fmadd(d, d, load(q + i, Full<A>())), Full<A>());
       });
