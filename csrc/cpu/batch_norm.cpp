@@ -100,18 +100,16 @@ inline void normalize(const BatchNormForward& a, const Coefficients c, int64_t a
   const T* const x = static_cast<const T*>(a.x) + at;
   const T* const residual = static_cast<const T*>(a.residual) + at;
   T* const y = static_cast<T*>(a.y) + at;
-  auto pack = [&](int64_t i, auto count, auto...) {
+  for_packs<T>(len, [&](int64_t i, auto count, auto again) {
     if (read_ahead) prefetch(x + i + read_ahead);
     if (kResidual && read_ahead) prefetch(residual + i + read_ahead);
     prefetch<T, true>(y + i + write_ahead);
     auto z = fmadd(load(x + i, count) - c.get(kMean, i), c.get(kScale, i), c.get(kShift, i));
     if constexpr (kResidual) z = z + load(residual + i, count);
     if constexpr (kResidual && kind != Kind::kNone)
-      if (mask) store_bits(mask + i / 8, slope_bits<kind>(a.activation, z), count);
+      if (mask) store_bits(mask, i, slope_bits<kind>(a.activation, z), count, again);
     store(y + i, apply<kind>(a, z), count);
-  };
-  // Bits start on bytes, and so do packs that have them.
-  mask ? for_packs<T>(len, pack) : for_overlapping_packs<T>(len, pack);
+  });
 }
 
 // ---- Forward --------------------------------------------------------------------------------------------------------
@@ -127,14 +125,14 @@ template <class T>
 Moments channel_moments(const BatchNormForward& a, const Segments& segments, int64_t c, int64_t first, int64_t last) {
   const T* const x = static_cast<const T*>(a.x) + c * a.hw;
   const int64_t stride = a.c * a.hw;
+  const PlanesAhead ahead(a.n, a.c, a.hw);
   Moments m;
   for (int64_t j = first; j < last; j++) {
     m.merge(segments.visit(j, [&](int64_t plane, int64_t planes, int64_t offset, int64_t len) {
       const T* const begin = x + plane * stride + offset;
-      const T* const next = offset + len < a.hw       ? begin + len
-                            : plane + planes < a.n    ? x + (plane + planes) * stride
-                                                      : x + a.hw;
-      return shifted_moments(begin, planes, stride, len, next);
+      return shifted_moments(begin, planes, stride, len, [&](int64_t i) {
+        return offset + len < a.hw ? len : ahead.forward(plane + i) - offset;
+      });
     }));
   }
   return m;
@@ -159,6 +157,7 @@ void forward_planes(const BatchNormForward& a) {
     return;
   }
   const Segments segments(a.n, a.hw);
+  const PlanesAhead ahead(a.n, a.c, a.hw);
   auto finish = [&](int64_t c, Moments m) {
     if (!m.finite()) m = wide_moments(static_cast<const T*>(a.x) + c * a.hw, a.n, stride, a.hw);
     return finish_forward<A>(a, c, &m);
@@ -169,7 +168,7 @@ void forward_planes(const BatchNormForward& a) {
         const Uniform<A> coefficients(finish(c, channel_moments<T>(a, segments, c, 0, segments.count())));
         // Backwards: the plane read last is the hottest.
         for (int64_t n = a.n - 1; n >= 0; n--)
-          forward_plane<T, kind, kResidual>(a, coefficients, n * a.c + c, n ? -stride : 0);
+          forward_plane<T, kind, kResidual>(a, coefficients, n * a.c + c, ahead.backward(n));
       });
     });
     return;
@@ -259,21 +258,21 @@ void chunk_moments(const T* x, const Rows<T>& rows, int64_t begin, int64_t end, 
     std::fill(s, s + columns, A(0)), std::fill(q, q + columns, A(0));
     int64_t row = block;
     for (; row + kUnroll * columns <= block_end; row += kUnroll * columns) {
-      for_packs<T>(columns, [&](int64_t i, auto count) {
+      for_packs<T>(columns, [&](int64_t i, auto count, auto again) {
         const auto shift = load(k + i, Full<A>());
         auto sum = load(s + i, Full<A>()), square = load(q + i, Full<A>());
         for (int u = 0; u < kUnroll; u++) {
           const T* const p = x + row + u * columns + i;
           prefetch(p + kRowsReadAhead * kUnroll);
-          const auto d = load(p, count) - shift;
+          const auto d = keep_new(load(p, count) - shift, count, again);
           sum = sum + d, square = fmadd(d, d, square);
         }
         store(s + i, sum, Full<A>()), store(q + i, square, Full<A>());
       });
     }
     for (; row < block_end; row += columns) {
-      for_packs<T>(std::min(columns, block_end - row), [&](int64_t i, auto count) {
-        const auto d = (load(x + row + i, count) - load(k + i, Full<A>())) & Pack<A>::first(count);
+      for_packs<T>(std::min(columns, block_end - row), [&](int64_t i, auto count, auto again) {
+        const auto d = keep_new(load(x + row + i, count) - load(k + i, Full<A>()), count, again);
         store(s + i, load(s + i, Full<A>()) + d, Full<A>());
         store(q + i, fmadd(d, d, load(q + i, Full<A>())), Full<A>());
       });
@@ -339,7 +338,8 @@ void forward_rows(const BatchNormForward& a) {
 enum class Slope { kOne, kRelu, kGeneral, kGeneralResidual, kMask };
 
 template <class T, Slope slope, class P>
-inline P slope_times(const BatchNormBackward& a, P dy, P z, int64_t at, const uint8_t* mask, auto count) {
+inline P slope_times(const BatchNormBackward& a, P dy, P z, int64_t at, int64_t i, const uint8_t* mask, auto count,
+                     auto again) {
   using A = Accumulate<T>;
   using V = at::vec::Vectorized<A>;
   const V s(A(a.negative_slope));
@@ -347,24 +347,25 @@ inline P slope_times(const BatchNormBackward& a, P dy, P z, int64_t at, const ui
   if constexpr (slope == Slope::kRelu) return select(less_equal(z, P(A(0))), P(A(0)), dy);
   if constexpr (slope == Slope::kMask) {
     const P other = a.activation == Activation::kLeakyRelu ? dy * P(A(a.negative_slope)) : P(A(0));
-    return select_bits(load_bits(mask, count), dy, other);
+    return select_bits(load_bits(mask, i, count, again), dy, other);
   }
   if constexpr (slope == Slope::kGeneralResidual) z = z + load(static_cast<const T*>(a.residual) + at, count);
   return {dy.a * activation_gradient(a.activation, z.a, s), dy.b * activation_gradient(a.activation, z.b, s)};
 }
 
-// dz and x - mean of a pack at element `at`, which is the i-th of its span.
+// dz and x - mean of a pack at element `at`, which is the i-th of its span; mask: the span's bits.
 template <class T, Slope slope, class Coefficients>
 struct Gradient {
   using P = Pack<Accumulate<T>>;
   P dz, centered;
 
-  Gradient(const BatchNormBackward& a, const Coefficients& c, int64_t at, int64_t i, const uint8_t* mask, auto count) {
+  Gradient(const BatchNormBackward& a, const Coefficients& c, int64_t at, int64_t i, const uint8_t* mask, auto count,
+           auto again) {
     centered = load(static_cast<const T*>(a.x) + at, count) - c.get(kMean, i);
     P z = centered;
     if constexpr (slope == Slope::kRelu || slope == Slope::kGeneral || slope == Slope::kGeneralResidual)
       z = fmadd(centered, c.get(kScale, i), c.get(kShift, i));
-    dz = slope_times<T, slope>(a, load(static_cast<const T*>(a.dy) + at, count), z, at, mask + i / 8, count);
+    dz = slope_times<T, slope>(a, load(static_cast<const T*>(a.dy) + at, count), z, at, i, mask, count, again);
   }
 };
 
@@ -381,12 +382,12 @@ template <class T, Slope slope, class Coefficients>
 inline void backward_span(const BatchNormBackward& a, const Coefficients c, int64_t at, int64_t len, const uint8_t* mask,
                           int64_t read_ahead, int64_t write_ahead) {
   T *const dx = static_cast<T*>(a.dx), *const dresidual = static_cast<T*>(a.dresidual);
-  auto pack = [&](int64_t i, auto count, auto...) {
+  for_packs<T>(len, [&](int64_t i, auto count, auto again) {
     if (read_ahead) {
       prefetch(static_cast<const T*>(a.x) + at + i + read_ahead);
       prefetch(static_cast<const T*>(a.dy) + at + i + read_ahead);
     }
-    const Gradient<T, slope, Coefficients> g(a, c, at + i, i, mask, count);
+    const Gradient<T, slope, Coefficients> g(a, c, at + i, i, mask, count, again);
     if (dresidual) {
       prefetch<T, true>(dresidual + at + i + write_ahead);
       store(dresidual + at + i, g.dz, count);
@@ -396,9 +397,7 @@ inline void backward_span(const BatchNormBackward& a, const Coefficients c, int6
       const auto inner = g.dz - fmadd(g.centered, c.get(kSlope, i), c.get(kOffset, i));
       store(dx + at + i, inner * c.get(kScale, i), count);
     }
-  };
-  if constexpr (slope == Slope::kMask) for_packs<T>(len, pack);
-  else for_overlapping_packs<T>(len, pack);
+  });
 }
 
 // ---- Backward -------------------------------------------------------------------------------------------------------
@@ -437,25 +436,19 @@ Sums segment_sums(const BatchNormBackward& a, const Uniform<Accumulate<T>> coeff
                   int64_t planes, int64_t offset, int64_t len) {
   using A = Accumulate<T>;
   using P = Pack<A>;
-  constexpr int64_t W = kLanes<T>;
-  const P again = P::after(W - len % W);
+  const PlanesAhead planes_ahead(a.n, a.c, a.hw);
   P sum(A(0)), product(A(0));
   for (int64_t n = first; n < first + planes; n++) {
     const int64_t plane = n * a.c + c, at = plane * a.hw + offset;
-    const int64_t ahead = offset + len < a.hw ? len : n + 1 < a.n ? a.c * a.hw : a.hw - n * a.c * a.hw;
+    const int64_t ahead = offset + len < a.hw ? len : planes_ahead.forward(n) - offset;
     const uint8_t* const mask = a.mask + (a.mask ? plane * ((a.hw + 7) / 8) + offset / 8 : 0);
-    auto add = [&](int64_t i, auto count, auto taken) {
+    for_packs<T>(len, [&](int64_t i, auto count, auto again) {
       prefetch(static_cast<const T*>(a.x) + at + i + ahead), prefetch(static_cast<const T*>(a.dy) + at + i + ahead);
-      Gradient<T, slope, Uniform<A>> g(a, coefficients, at + i, i, mask, count);
+      const Gradient<T, slope, Uniform<A>> g(a, coefficients, at + i, i, mask, count, again);
       if constexpr (kFrozen) write_frozen<T, slope>(a, coefficients, g, at + i, i, count);
-      if constexpr (std::is_same_v<decltype(taken), int64_t>) g.dz = g.dz & again;
-      sum = sum + g.dz, product = fmadd(g.dz, g.centered, product);
-    };
-    if constexpr (slope == Slope::kMask) {
-      for_packs<T>(len, [&](int64_t i, auto count) { add(i, count, 0); });
-    } else {
-      for_overlapping_packs<T>(len, add);
-    }
+      const P dz = keep_new(g.dz, count, again);
+      sum = sum + dz, product = fmadd(dz, g.centered, product);
+    });
   }
   return {double(sum.sum()), double(product.sum())};
 }
@@ -464,16 +457,16 @@ template <class T, Slope slope>
 void backward_planes(const BatchNormBackward& a) {
   using A = Accumulate<T>;
   const Segments segments(a.n, a.hw);
-  const int64_t stride = a.c * a.hw;
+  const PlanesAhead ahead(a.n, a.c, a.hw);
   auto segment = [&](const Uniform<A>& coefficients, int64_t c, int64_t j) {
     return segments.visit(j, [&](auto... where) {
       return a.training ? segment_sums<T, slope, false>(a, coefficients, c, where...)
                         : segment_sums<T, slope, true>(a, coefficients, c, where...);
     });
   };
-  auto plane_gradient = [&](const Uniform<A>& coefficients, int64_t plane, int64_t ahead) {
+  auto plane_gradient = [&](const Uniform<A>& coefficients, int64_t plane, int64_t write_ahead) {
     const uint8_t* const mask = a.mask ? a.mask + plane * ((a.hw + 7) / 8) : nullptr;
-    backward_span<T, slope>(a, coefficients, plane * a.hw, a.hw, mask, 0, ahead);
+    backward_span<T, slope>(a, coefficients, plane * a.hw, a.hw, mask, 0, write_ahead);
   };
   const bool second_pass = a.training && (a.dx || a.dresidual);
   if (a.threads == 1 || a.c >= 4 * a.threads) {
@@ -483,7 +476,7 @@ void backward_planes(const BatchNormBackward& a) {
         Sums sums;
         for (int64_t j = 0; j < segments.count(); j++) sums.add(segment(before, c, j));
         const Uniform<A> after(finish_backward<A>(a, c, sums));
-        for (int64_t n = a.n - 1; second_pass && n >= 0; n--) plane_gradient(after, n * a.c + c, n ? -stride : 0);
+        for (int64_t n = a.n - 1; second_pass && n >= 0; n--) plane_gradient(after, n * a.c + c, ahead.backward(n));
       });
     });
     return;
@@ -520,14 +513,15 @@ void chunk_sums(const BatchNormBackward& a, const Rows<T>& rows, const PerColumn
     const int64_t block_end = std::min(end, block + kBlockRows * columns);
     std::fill(s, s + columns, A(0)), std::fill(q, q + columns, A(0));
     auto add_rows = [&](int64_t row, int64_t len, auto unroll) {
-      for_packs<T>(len, [&](int64_t i, auto count) {
+      for_packs<T>(len, [&](int64_t i, auto count, auto again) {
         auto sum = load(s + i, Full<A>()), product = load(q + i, Full<A>());
         for (int u = 0; u < unroll; u++) {
           const int64_t at = row + u * columns + i;
           prefetch(static_cast<const T*>(a.x) + at + 2 * kRowsReadAhead);
           prefetch(static_cast<const T*>(a.dy) + at + 2 * kRowsReadAhead);
-          const G g(a, coefficients, at, i, a.mask + (a.mask ? (row + u * columns) / 8 : 0), count);
-          sum = sum + g.dz, product = fmadd(g.dz, g.centered, product);
+          const G g(a, coefficients, at, i, a.mask + (a.mask ? (row + u * columns) / 8 : 0), count, again);
+          const auto dz = keep_new(g.dz, count, again);
+          sum = sum + dz, product = fmadd(dz, g.centered, product);
           if constexpr (kFrozen) write_frozen<T, slope>(a, coefficients, g, at, i, count);
         }
         store(s + i, sum, Full<A>()), store(q + i, product, Full<A>());

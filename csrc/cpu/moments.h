@@ -24,9 +24,10 @@ struct Moments {
 
 // Of `spans` runs of `len` elements, `stride` apart.  Shifted by the mean of the first pack: were that one far off the
 // others, then it would itself make the variance large, so the relative error stays below kSegment / kLanes roundings.
-// `next` is what will be read after the last span: fetched ahead, since the hardware's prefetcher stops at 4 KB.
-template <class T>
-inline Moments shifted_moments(const T* x, int64_t spans, int64_t stride, int64_t len, const T* next) {
+// `ahead(j)` is how far from span j lies what will be read some time later: fetched now, since the hardware's prefetcher
+// stops at 4 KB.
+template <class T, class Ahead>
+inline Moments shifted_moments(const T* x, int64_t spans, int64_t stride, int64_t len, Ahead ahead_of) {
   using A = Accumulate<T>;
   using P = Pack<A>;
   constexpr int64_t W = kLanes<T>;
@@ -38,7 +39,7 @@ inline Moments shifted_moments(const T* x, int64_t spans, int64_t stride, int64_
   P s0(A(0)), s1(A(0)), q0(A(0)), q1(A(0));
   auto add = [&](P d) { s0 = s0 + d, q0 = fmadd(d, d, q0); };
   for (int64_t j = 0; j < spans; j++, x += stride) {
-    const T* const ahead = j + 1 < spans ? x + stride : next;
+    const T* const ahead = x + ahead_of(j);
     int64_t i = 0;
     for (; i + 2 * W <= len; i += 2 * W) {
       prefetch(ahead + i), prefetch(ahead + i + W);
@@ -67,6 +68,18 @@ inline Moments wide_moments(const T* x, int64_t spans, int64_t stride, int64_t l
     for (int64_t i = 0; i < len; i++) m2 += (double(x[j * stride + i]) - mean) * (double(x[j * stride + i]) - mean);
   return {n, mean, m2};
 }
+
+// The distance from plane n of a channel to the plane some 4 KB later that is worth fetching, of this channel or the next.
+struct PlanesAhead {
+  int64_t n, hw, stride, distance;
+
+  PlanesAhead(int64_t n, int64_t c, int64_t hw)
+      : n(n), hw(hw), stride(c * hw), distance(std::min(n, std::max<int64_t>(1, 1024 / hw))) {}
+  int64_t forward(int64_t plane) const {
+    return plane + distance < n ? distance * stride : (distance - n) * stride + hw;
+  }
+  int64_t backward(int64_t plane) const { return plane >= distance ? -distance * stride : 0; }
+};
 
 // How a channel of n planes of hw elements is cut into segments: whole small planes together, or pieces of a large one.
 struct Segments {

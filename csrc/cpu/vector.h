@@ -113,23 +113,26 @@ inline void store(T* p, Pack<Accumulate<T>> v, Count count) {
   }
 }
 
-// f(i, count) for every pack of len elements; the last count may be smaller and is then an int64_t.
+using Zero = std::integral_constant<int64_t, 0>;
+
+// f(i, count, again) for every pack of len elements.  What is left after the last full pack is taken as a full pack too:
+// it ends with the span, so that `again` of its first lanes were taken before.  Only a span that is shorter than a pack
+// has a smaller count, which then is an int64_t; `again` is a constant 0 in all but that last pack.
 template <class T, class F>
 inline void for_packs(int64_t len, F f) {
+  constexpr int64_t W = kLanes<T>;
+  if (len < W) return f(int64_t(0), len, Zero());
   int64_t i = 0;
-  for (; i + kLanes<T> <= len; i += kLanes<T>) f(i, Full<T>());
-  if (i < len) f(i, len - i);
+  for (; i + W <= len; i += W) f(i, Full<T>(), Zero());
+  if (i < len) f(len - W, Full<T>(), i - (len - W));
 }
 
-// The same for elements that may be taken twice: the last pack is full again and ends with the span, overlapping the one
-// before.  f(i, count, again): `again` is how many of its first lanes were taken already, a constant 0 in the body.
-template <class T, class F>
-inline void for_overlapping_packs(int64_t len, F f) {
-  constexpr int64_t W = kLanes<T>;
-  if (len < W) return f(int64_t(0), len, std::integral_constant<int64_t, 0>());
-  int64_t i = 0;
-  for (; i + W <= len; i += W) f(i, Full<T>(), std::integral_constant<int64_t, 0>());
-  if (i < len) f(len - W, Full<T>(), int64_t(i - (len - W)));
+// Zero in the lanes that a sum over such packs must not take.
+template <class P, class Count, class Again>
+inline P keep_new(P v, Count count, Again again) {
+  if constexpr (std::is_same_v<Count, int64_t>) return v & P::first(count);
+  if constexpr (std::is_same_v<Again, int64_t>) return v & P::after(again);
+  return v;
 }
 
 template <class T, bool kWrite = false>
@@ -140,23 +143,27 @@ inline void prefetch(const T* p) {
 
 // ---- Bits -----------------------------------------------------------------------------------------------------------
 
-// Little-endian, as every processor that torch runs on.
-template <class Count>
-inline void store_bits(uint8_t* p, uint32_t bits, Count count) {
-  if constexpr (!std::is_same_v<Count, int64_t>) {
-    std::memcpy(p, &bits, count / 8);
-  } else {
-    for (int64_t i = 0; i < count; i += 8) p[i / 8] = uint8_t(bits >> i);
+// A span's bits begin with a byte; these are the bits of a pack as for_packs() gives it.  Little-endian, as every
+// processor that torch runs on.
+
+template <class Count, class Again>
+inline void store_bits(uint8_t* span, int64_t i, uint32_t bits, Count count, Again again) {
+  if constexpr (!std::is_same_v<Count, int64_t> && std::is_same_v<Again, Zero>) {
+    std::memcpy(span + i / 8, &bits, count / 8);
+  } else {  // the lanes that were taken before end with a byte
+    for (int64_t lane = again; lane < count; lane += 8) span[(i + lane) / 8] = uint8_t(bits >> lane);
   }
 }
 
-template <class Count>
-inline uint32_t load_bits(const uint8_t* p, Count count) {
+template <class Count, class Again>
+inline uint32_t load_bits(const uint8_t* span, int64_t i, Count count, Again again) {
   uint32_t bits = 0;
-  if constexpr (!std::is_same_v<Count, int64_t>) {
-    std::memcpy(&bits, p, count / 8);
+  if constexpr (std::is_same_v<Count, int64_t>) {
+    for (int64_t lane = 0; lane < count; lane += 8) bits |= uint32_t(span[lane / 8]) << lane;
   } else {
-    for (int64_t i = 0; i < count; i += 8) bits |= uint32_t(p[i / 8]) << i;
+    std::memcpy(&bits, span + i / 8, count / 8);
+    if constexpr (!std::is_same_v<Again, Zero>)
+      if (const int shift = i % 8) bits = bits >> shift | uint32_t(span[(i + count - 1) / 8]) << (count - shift);
   }
   return bits;
 }
