@@ -24,6 +24,7 @@ template <class A>
 struct Channel {
   A v[kCoefficients];
 
+  Channel() = default;
   Channel(A mean, A mean_low, A rstd, double weight, double bias)
       : v{mean, rstd * A(weight), A(bias) - mean_low * (rstd * A(weight)), 0, 0} {}
 };
@@ -121,21 +122,22 @@ void forward_plane(const BatchNormForward& a, const Uniform<Accumulate<T>>& coef
   normalize<T, kind, kResidual>(a, coefficients, plane * a.hw, a.hw, mask, 0, write_ahead);
 }
 
+// Merges segment j of `channels` channels from c on into their moments.
 template <class T>
-Moments channel_moments(const BatchNormForward& a, const Segments& segments, int64_t c, int64_t first, int64_t last) {
-  const T* const x = static_cast<const T*>(a.x) + c * a.hw;
-  const int64_t stride = a.c * a.hw;
-  const PlanesAhead ahead(a.n, a.c, a.hw);
-  Moments m;
-  for (int64_t j = first; j < last; j++) {
-    m.merge(segments.visit(j, [&](int64_t plane, int64_t planes, int64_t offset, int64_t len) {
-      const T* const begin = x + plane * stride + offset;
-      return shifted_moments(begin, planes, stride, len, [&](int64_t i) {
-        return offset + len < a.hw ? len : ahead.forward(plane + i) - offset;
-      });
-    }));
-  }
-  return m;
+void add_segment(const BatchNormForward& a, const Segments& segments, int64_t c, int64_t channels, int64_t j,
+                 Moments* moments) {
+  segments.visit(j, [&](int64_t plane, int64_t planes, int64_t offset, int64_t len) {
+    const T* const x = static_cast<const T*>(a.x) + c * a.hw + offset;
+    const int64_t stride = a.c * a.hw;
+    const auto lanes = new_lanes<T>(len);
+    ShiftedSums<T> sums[kMaxGroup];
+    for (int64_t k = 0; k < channels; k++) sums[k] = ShiftedSums<T>(x + plane * stride + k * a.hw, len);
+    for (int64_t n = plane; n < plane + planes; n++) {
+      const int64_t ahead = offset + len < a.hw ? len : n + 1 < a.n ? stride - offset : channels * a.hw - n * stride - offset;
+      for (int64_t k = 0; k < channels; k++) sums[k].add(x + n * stride + k * a.hw, len, lanes, ahead);
+    }
+    for (int64_t k = 0; k < channels; k++) moments[k].merge(sums[k].moments(double(planes) * len));
+  });
 }
 
 template <class T, Kind kind, bool kResidual>
@@ -157,18 +159,23 @@ void forward_planes(const BatchNormForward& a) {
     return;
   }
   const Segments segments(a.n, a.hw);
-  const PlanesAhead ahead(a.n, a.c, a.hw);
   auto finish = [&](int64_t c, Moments m) {
     if (!m.finite()) m = wide_moments(static_cast<const T*>(a.x) + c * a.hw, a.n, stride, a.hw);
     return finish_forward<A>(a, c, &m);
   };
   if (a.threads == 1 || a.c >= 4 * a.threads) {
+    const int64_t group = channel_group(a.n, a.c, a.hw, sizeof(T), a.threads);
     parallel(a.threads, [&](Team team) {
-      team.for_each(a.c, [&](int64_t c) {
-        const Uniform<A> coefficients(finish(c, channel_moments<T>(a, segments, c, 0, segments.count())));
-        // Backwards: the plane read last is the hottest.
+      team.for_each((a.c + group - 1) / group, [&](int64_t g) {
+        const int64_t first = g * group, channels = std::min(group, a.c - first);
+        Moments moments[kMaxGroup];
+        Channel<A> coefficients[kMaxGroup];
+        for (int64_t j = 0; j < segments.count(); j++) add_segment<T>(a, segments, first, channels, j, moments);
+        for (int64_t k = 0; k < channels; k++) coefficients[k] = finish(first + k, moments[k]);
+        // Backwards: the planes read last are the hottest.
         for (int64_t n = a.n - 1; n >= 0; n--)
-          forward_plane<T, kind, kResidual>(a, coefficients, n * a.c + c, ahead.backward(n));
+          for (int64_t k = 0; k < channels; k++)
+            forward_plane<T, kind, kResidual>(a, Uniform<A>(coefficients[k]), n * a.c + first + k, n ? -stride : 0);
       });
     });
     return;
@@ -178,7 +185,8 @@ void forward_planes(const BatchNormForward& a) {
   parallel(a.threads, [&](Team team) {
     team.for_each(a.c * segments.count(), [&](int64_t i) {
       const int64_t c = i / segments.count(), j = i % segments.count();
-      partial[i] = channel_moments<T>(a, segments, c, j, j + 1);
+      partial[i] = Moments{};
+      add_segment<T>(a, segments, c, 1, j, &partial[i]);
     });
     team.for_each(a.c, [&](int64_t c) {
       Moments m;
@@ -258,21 +266,24 @@ void chunk_moments(const T* x, const Rows<T>& rows, int64_t begin, int64_t end, 
     std::fill(s, s + columns, A(0)), std::fill(q, q + columns, A(0));
     int64_t row = block;
     for (; row + kUnroll * columns <= block_end; row += kUnroll * columns) {
+      const auto lanes = new_lanes<T>(columns);
       for_packs<T>(columns, [&](int64_t i, auto count, auto again) {
         const auto shift = load(k + i, Full<A>());
         auto sum = load(s + i, Full<A>()), square = load(q + i, Full<A>());
         for (int u = 0; u < kUnroll; u++) {
           const T* const p = x + row + u * columns + i;
           prefetch(p + kRowsReadAhead * kUnroll);
-          const auto d = keep_new(load(p, count) - shift, count, again);
+          const auto d = keep(lanes, load(p, count) - shift, count, again);
           sum = sum + d, square = fmadd(d, d, square);
         }
         store(s + i, sum, Full<A>()), store(q + i, square, Full<A>());
       });
     }
     for (; row < block_end; row += columns) {
-      for_packs<T>(std::min(columns, block_end - row), [&](int64_t i, auto count, auto again) {
-        const auto d = keep_new(load(x + row + i, count) - load(k + i, Full<A>()), count, again);
+      const int64_t len = std::min(columns, block_end - row);
+      const auto lanes = new_lanes<T>(len);
+      for_packs<T>(len, [&](int64_t i, auto count, auto again) {
+        const auto d = keep(lanes, load(x + row + i, count) - load(k + i, Full<A>()), count, again);
         store(s + i, load(s + i, Full<A>()) + d, Full<A>());
         store(q + i, fmadd(d, d, load(q + i, Full<A>())), Full<A>());
       });
@@ -430,39 +441,45 @@ Channel<A> finish_backward(const BatchNormBackward& a, int64_t c, const Sums& su
   return channel;
 }
 
-// Of one segment of channel c; the next one's data is fetched ahead.
+// Adds segment j of `channels` channels from c on to their sums.
 template <class T, Slope slope, bool kFrozen>
-Sums segment_sums(const BatchNormBackward& a, const Uniform<Accumulate<T>> coefficients, int64_t c, int64_t first,
-                  int64_t planes, int64_t offset, int64_t len) {
+void add_segment(const BatchNormBackward& a, const Segments& segments, const Channel<Accumulate<T>>* coefficients,
+                 int64_t c, int64_t channels, int64_t j, Sums* sums) {
   using A = Accumulate<T>;
   using P = Pack<A>;
-  const PlanesAhead planes_ahead(a.n, a.c, a.hw);
-  P sum(A(0)), product(A(0));
-  for (int64_t n = first; n < first + planes; n++) {
-    const int64_t plane = n * a.c + c, at = plane * a.hw + offset;
-    const int64_t ahead = offset + len < a.hw ? len : planes_ahead.forward(n) - offset;
-    const uint8_t* const mask = a.mask + (a.mask ? plane * ((a.hw + 7) / 8) + offset / 8 : 0);
-    for_packs<T>(len, [&](int64_t i, auto count, auto again) {
-      prefetch(static_cast<const T*>(a.x) + at + i + ahead), prefetch(static_cast<const T*>(a.dy) + at + i + ahead);
-      const Gradient<T, slope, Uniform<A>> g(a, coefficients, at + i, i, mask, count, again);
-      if constexpr (kFrozen) write_frozen<T, slope>(a, coefficients, g, at + i, i, count);
-      const P dz = keep_new(g.dz, count, again);
-      sum = sum + dz, product = fmadd(dz, g.centered, product);
-    });
-  }
-  return {double(sum.sum()), double(product.sum())};
+  segments.visit(j, [&](int64_t first, int64_t planes, int64_t offset, int64_t len) {
+    const int64_t stride = a.c * a.hw;
+    const P lanes = new_lanes<T>(len);
+    P sum[kMaxGroup], product[kMaxGroup];
+    for (int64_t k = 0; k < channels; k++) sum[k] = product[k] = P(A(0));
+    for (int64_t n = first; n < first + planes; n++) {
+      const int64_t ahead = offset + len < a.hw ? len : n + 1 < a.n ? stride - offset : channels * a.hw - n * stride - offset;
+      for (int64_t k = 0; k < channels; k++) {
+        const int64_t plane = n * a.c + c + k, at = plane * a.hw + offset;
+        const uint8_t* const mask = a.mask + (a.mask ? plane * ((a.hw + 7) / 8) + offset / 8 : 0);
+        const Uniform<A> uniform(coefficients[k]);
+        P s = sum[k], p = product[k];
+        for_packs<T>(len, [&](int64_t i, auto count, auto again) {
+          prefetch(static_cast<const T*>(a.x) + at + i + ahead), prefetch(static_cast<const T*>(a.dy) + at + i + ahead);
+          const Gradient<T, slope, Uniform<A>> g(a, uniform, at + i, i, mask, count, again);
+          if constexpr (kFrozen) write_frozen<T, slope>(a, uniform, g, at + i, i, count);
+          const P dz = keep(lanes, g.dz, count, again);
+          s = s + dz, p = fmadd(dz, g.centered, p);
+        });
+        sum[k] = s, product[k] = p;
+      }
+    }
+    for (int64_t k = 0; k < channels; k++) sums[k].add({double(sum[k].sum()), double(product[k].sum())});
+  });
 }
 
 template <class T, Slope slope>
 void backward_planes(const BatchNormBackward& a) {
   using A = Accumulate<T>;
   const Segments segments(a.n, a.hw);
-  const PlanesAhead ahead(a.n, a.c, a.hw);
-  auto segment = [&](const Uniform<A>& coefficients, int64_t c, int64_t j) {
-    return segments.visit(j, [&](auto... where) {
-      return a.training ? segment_sums<T, slope, false>(a, coefficients, c, where...)
-                        : segment_sums<T, slope, true>(a, coefficients, c, where...);
-    });
+  auto add = [&](const Channel<A>* coefficients, int64_t c, int64_t channels, int64_t j, Sums* sums) {
+    a.training ? add_segment<T, slope, false>(a, segments, coefficients, c, channels, j, sums)
+               : add_segment<T, slope, true>(a, segments, coefficients, c, channels, j, sums);
   };
   auto plane_gradient = [&](const Uniform<A>& coefficients, int64_t plane, int64_t write_ahead) {
     const uint8_t* const mask = a.mask ? a.mask + plane * ((a.hw + 7) / 8) : nullptr;
@@ -470,13 +487,18 @@ void backward_planes(const BatchNormBackward& a) {
   };
   const bool second_pass = a.training && (a.dx || a.dresidual);
   if (a.threads == 1 || a.c >= 4 * a.threads) {
+    const int64_t group = channel_group(a.n, a.c, a.hw, 2 * sizeof(T), a.threads);
     parallel(a.threads, [&](Team team) {
-      team.for_each(a.c, [&](int64_t c) {
-        const Uniform<A> before(start_backward<A>(a, c));
-        Sums sums;
-        for (int64_t j = 0; j < segments.count(); j++) sums.add(segment(before, c, j));
-        const Uniform<A> after(finish_backward<A>(a, c, sums));
-        for (int64_t n = a.n - 1; second_pass && n >= 0; n--) plane_gradient(after, n * a.c + c, ahead.backward(n));
+      team.for_each((a.c + group - 1) / group, [&](int64_t g) {
+        const int64_t first = g * group, channels = std::min(group, a.c - first);
+        Sums sums[kMaxGroup];
+        Channel<A> coefficients[kMaxGroup];
+        for (int64_t k = 0; k < channels; k++) coefficients[k] = start_backward<A>(a, first + k);
+        for (int64_t j = 0; j < segments.count(); j++) add(coefficients, first, channels, j, sums);
+        for (int64_t k = 0; k < channels; k++) coefficients[k] = finish_backward<A>(a, first + k, sums[k]);
+        for (int64_t n = a.n - 1; second_pass && n >= 0; n--)
+          for (int64_t k = 0; k < channels; k++)
+            plane_gradient(Uniform<A>(coefficients[k]), n * a.c + first + k, n ? -a.c * a.hw : 0);
       });
     });
     return;
@@ -486,7 +508,9 @@ void backward_planes(const BatchNormBackward& a) {
   parallel(a.threads, [&](Team team) {
     team.for_each(a.c * segments.count(), [&](int64_t i) {
       const int64_t c = i / segments.count();
-      partial[i] = segment(Uniform<A>(start_backward<A>(a, c)), c, i % segments.count());
+      const Channel<A> coefficients = start_backward<A>(a, c);
+      partial[i] = Sums{};
+      add(&coefficients, c, 1, i % segments.count(), &partial[i]);
     });
     team.for_each(a.c, [&](int64_t c) {
       Sums sums;
@@ -513,6 +537,7 @@ void chunk_sums(const BatchNormBackward& a, const Rows<T>& rows, const PerColumn
     const int64_t block_end = std::min(end, block + kBlockRows * columns);
     std::fill(s, s + columns, A(0)), std::fill(q, q + columns, A(0));
     auto add_rows = [&](int64_t row, int64_t len, auto unroll) {
+      const auto lanes = new_lanes<T>(len);
       for_packs<T>(len, [&](int64_t i, auto count, auto again) {
         auto sum = load(s + i, Full<A>()), product = load(q + i, Full<A>());
         for (int u = 0; u < unroll; u++) {
@@ -520,7 +545,7 @@ void chunk_sums(const BatchNormBackward& a, const Rows<T>& rows, const PerColumn
           prefetch(static_cast<const T*>(a.x) + at + 2 * kRowsReadAhead);
           prefetch(static_cast<const T*>(a.dy) + at + 2 * kRowsReadAhead);
           const G g(a, coefficients, at, i, a.mask + (a.mask ? (row + u * columns) / 8 : 0), count, again);
-          const auto dz = keep_new(g.dz, count, again);
+          const auto dz = keep(lanes, g.dz, count, again);
           sum = sum + dz, product = fmadd(dz, g.centered, product);
           if constexpr (kFrozen) write_frozen<T, slope>(a, coefficients, g, at, i, count);
         }

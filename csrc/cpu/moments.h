@@ -22,40 +22,36 @@ struct Moments {
   bool finite() const { return std::isfinite(m2) && std::isfinite(mean); }
 };
 
-// Of `spans` runs of `len` elements, `stride` apart.  Shifted by the mean of the first pack: were that one far off the
-// others, then it would itself make the variance large, so the relative error stays below kSegment / kLanes roundings.
-// `ahead(j)` is how far from span j lies what will be read some time later: fetched now, since the hardware's prefetcher
-// stops at 4 KB.
-template <class T, class Ahead>
-inline Moments shifted_moments(const T* x, int64_t spans, int64_t stride, int64_t len, Ahead ahead_of) {
+// Sums over at most kSegment elements, shifted by the mean of the first pack: were that one far off the others, then it
+// would itself make the variance large, so the relative error stays below kSegment / kLanes roundings.
+template <class T>
+struct ShiftedSums {
   using A = Accumulate<T>;
   using P = Pack<A>;
-  constexpr int64_t W = kLanes<T>;
-  const int64_t head = std::min(len, W);
-  const A k = load(x, head).sum() / A(head);
-  const P shift(k);
-  // The lanes that count of what is left after the last full pack: a short load, or a full one that begins earlier.
-  const P tail = len < W ? P::first(len) : P::after(W - len % W);
-  P s0(A(0)), s1(A(0)), q0(A(0)), q1(A(0));
-  auto add = [&](P d) { s0 = s0 + d, q0 = fmadd(d, d, q0); };
-  for (int64_t j = 0; j < spans; j++, x += stride) {
-    const T* const ahead = x + ahead_of(j);
-    int64_t i = 0;
-    for (; i + 2 * W <= len; i += 2 * W) {
-      prefetch(ahead + i), prefetch(ahead + i + W);
-      const P d0 = load(x + i, Full<T>()) - shift, d1 = load(x + i + W, Full<T>()) - shift;
-      s0 = s0 + d0, s1 = s1 + d1;
-      q0 = fmadd(d0, d0, q0), q1 = fmadd(d1, d1, q1);
-    }
-    for (; i + W <= len; i += W) add(load(x + i, Full<T>()) - shift);
-    if (i == len) continue;
-    prefetch(ahead + i);
-    if (len < W) add((load(x, len) - shift) & tail);
-    else add((load(x + len - W, Full<T>()) - shift) & tail);
+  A shift;
+  P sum{A(0)}, square{A(0)};
+
+  ShiftedSums() = default;
+  ShiftedSums(const T* x, int64_t len) {
+    const int64_t head = std::min(len, kLanes<T>);
+    shift = load(x, head).sum() / A(head);
   }
-  const double n = double(spans) * len, s = (s0 + s1).sum(), q = (q0 + q1).sum();
-  return {n, double(k) + s / n, std::max(q - s * s / n, 0.0)};
-}
+  // lanes: new_lanes(len).  ahead: how far from x lies what will be read some 8 KB later, and is fetched now.
+  void add(const T* x, int64_t len, P lanes, int64_t ahead) {
+    const P k(shift);
+    P s = sum, q = square;
+    for_packs<T>(len, [&](int64_t i, auto count, auto again) {
+      prefetch(x + i + ahead);
+      const P d = keep(lanes, load(x + i, count) - k, count, again);
+      s = s + d, q = fmadd(d, d, q);
+    });
+    sum = s, square = q;
+  }
+  Moments moments(double n) const {
+    const double s = sum.sum(), q = square.sum();
+    return {n, double(shift) + s / n, std::max(q - s * s / n, 0.0)};
+  }
+};
 
 // The same in double throughout, for what overflowed above (|x| > 1e18 in float32) and to tell it from true Inf and NaN.
 template <class T>
@@ -69,17 +65,14 @@ inline Moments wide_moments(const T* x, int64_t spans, int64_t stride, int64_t l
   return {n, mean, m2};
 }
 
-// The distance from plane n of a channel to the plane some 4 KB later that is worth fetching, of this channel or the next.
-struct PlanesAhead {
-  int64_t n, hw, stride, distance;
+// Neighbouring small channels are taken together, so that memory is read and written in runs of some 8 KB; what they
+// have in x and dy stays in the L2 cache meanwhile.
+constexpr int64_t kMaxGroup = 32;
 
-  PlanesAhead(int64_t n, int64_t c, int64_t hw)
-      : n(n), hw(hw), stride(c * hw), distance(std::min(n, std::max<int64_t>(1, 1024 / hw))) {}
-  int64_t forward(int64_t plane) const {
-    return plane + distance < n ? distance * stride : (distance - n) * stride + hw;
-  }
-  int64_t backward(int64_t plane) const { return plane >= distance ? -distance * stride : 0; }
-};
+inline int64_t channel_group(int64_t n, int64_t c, int64_t hw, int64_t element, int threads) {
+  const int64_t run = 8192 / (hw * element), cached = (512 << 10) / (n * hw * element), share = c / (4 * threads);
+  return std::clamp<int64_t>(std::min({run, cached, share}), 1, kMaxGroup);
+}
 
 // How a channel of n planes of hw elements is cut into segments: whole small planes together, or pieces of a large one.
 struct Segments {

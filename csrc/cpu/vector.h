@@ -127,11 +127,16 @@ inline void for_packs(int64_t len, F f) {
   if (i < len) f(len - W, Full<T>(), i - (len - W));
 }
 
-// Zero in the lanes that a sum over such packs must not take.
+// For sums over such packs: a mask of the lanes that the tail of a span adds, and its use.
+template <class T>
+inline Pack<Accumulate<T>> new_lanes(int64_t len) {
+  using P = Pack<Accumulate<T>>;
+  return len < kLanes<T> ? P::first(len) : P::after((kLanes<T> - len % kLanes<T>) % kLanes<T>);
+}
+
 template <class P, class Count, class Again>
-inline P keep_new(P v, Count count, Again again) {
-  if constexpr (std::is_same_v<Count, int64_t>) return v & P::first(count);
-  if constexpr (std::is_same_v<Again, int64_t>) return v & P::after(again);
+inline P keep(P lanes, P v, Count, Again) {
+  if constexpr (std::is_same_v<Count, int64_t> || std::is_same_v<Again, int64_t>) return v & lanes;
   return v;
 }
 
