@@ -114,7 +114,7 @@ class NinjaBuild(build_ext):
             common += ["-DFASTNORM_CUDA", f"-isystem{cuda_home / 'include'}"]
             link += ["-lc10_cuda", "-ltorch_cuda", f"-L{cuda_home / 'lib64'}", "-lcudart"]
         if os.environ.get("FASTNORM_SANITIZE") == "address":
-            sanitize = ["-g", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-omit-frame-pointer"]
+            sanitize = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr,null,object-size", "-fno-omit-frame-pointer"]
             common += ["-O1", *sanitize]
             link += sanitize
 

@@ -1,7 +1,7 @@
 // How batch norm's kernels cut x up, on the host and in kernels.
 //
-// x is a number of runs, each run_stride elements after the one before.  A group of channels owns the same part of every
-// run, and is the work of one block, of one cluster, or of several blocks that leave partial sums:
+// x is a number of runs, each run_stride elements after the one before.  A group of channels owns the same part of
+// every run, and is the work of one block, of one cluster, or of several blocks that leave partial sums:
 //
 //   layout               run                      group                                    sums of
 //   [n][c][hw]           a sample                 a channel: hw elements                   a channel
@@ -11,47 +11,54 @@
 //                        the least that fill      wide, a slice of this wider row          per folded row
 //                        whole bytes of the mask
 //
-// A group's part of a run is one or more segments, and a segment is walked in slots: 16 aligned bytes of memory, of which
-// the first and the last may belong to the segment in part (planes of odd hw).  A thread takes every step-th slot of its
-// block.  With several channels in a group, step is a multiple of a segment's slots, so that a lane of a thread always
-// meets the same channel and sums can stay in registers.
+// A group's part of a run is one or more segments, and a segment is walked in slots: 16 aligned bytes of memory, of
+// which the first and the last may belong to the segment in part (planes of odd hw).  A thread takes every step-th slot
+// of its block.  With several channels in a group, step is a multiple of a segment's slots, so that a lane of a thread
+// always meets the same channel and sums can stay in registers.
 #pragma once
 #include <algorithm>
 #include <numeric>
 
 #include "batch_norm.h"
-#include "reduce.cuh"
 #include "vector.cuh"
 
 namespace fastnorm {
 namespace {
 
 struct Tiles {
+  // Memory.
   int64_t runs, run_stride;
-  int64_t total;          // elements of x
-  int64_t groups;         // of channels
-  int64_t group_length;   // elements of a group in a run; the last group may have fewer
-  int64_t segments;       // of a group
-  int segment_length;     // elements; a run's last segment may have fewer
-  int run_segments;       // segments of a group in a run
-  int slots;              // of a segment
-  int parts;              // blocks that share a group
-  int block_segments;     // segments of a block; the last ones may have fewer or none
-  int threads, step;      // slots that a block's threads take at once
-  int step_runs, step_segments, step_slots;  // step = (step_runs * run_segments + step_segments) * slots + step_slots
-  int misalignment;       // elements from a 16-byte boundary to x, and to all tensors like it
-  bool scalar;            // these tensors have different ones: no 16-byte accesses
-  bool partial;           // there are slots that do not belong to their segment in whole
-  bool several;           // channels in a group
-  int64_t channels;       // that partial sums are of: c, or more where a channel is met in several groups
+  int64_t total;         // elements of x
+  int64_t groups;        // of channels
+  int64_t group_length;  // elements of a group in a run; the last group may have fewer
+  int misalignment;      // elements from a 16-byte boundary to x, and to all tensors like it
+  bool scalar;           // these tensors have different ones: no 16-byte accesses
+  bool partial;          // there are slots that do not belong to their segment in whole
+
+  // Channels.
   int64_t c;
-  int copies;             // channels / c
-  int group_channels;     // channels in a group
-  int plane;              // consecutive elements of one channel in a group with several
-  int folds;              // how often a group meets a channel in a run
-  int64_t mask_run_stride, mask_group_stride;  // bytes of the mask
-  int mask_plane, mask_plane_bytes;            // a segment has planes of so many elements, each on whole bytes
-  int segment_mask_bytes;
+  bool several;        // channels in a group
+  int group_channels;  // channels in a group
+  int plane;           // consecutive elements of one channel, in a group with several
+  int folds;           // how often a group meets a channel in a run
+  int copies;          // in how many groups a channel is met
+  int64_t channels;    // c * copies: what there are partial sums of
+
+  // The mask, in bytes; a segment has planes of mask_plane elements, each on whole bytes.
+  int64_t mask_run_stride, mask_group_stride;
+  int mask_plane, mask_plane_bytes, segment_mask_bytes;
+
+  // What split() decides.
+  int64_t segments;                          // of a group
+  int run_segments;                          // of a group in a run
+  int segment_length;                        // elements; a run's last segment may have fewer
+  int slots;                                 // of a segment
+  int parts;                                 // blocks that share a group
+  int block_segments;                        // segments of a block; the last ones may have fewer or none
+  int threads, step;                         // threads of a block, slots that they take at once
+  int step_runs, step_segments, step_slots;  // step = (step_runs * run_segments + step_segments) * slots + step_slots
+  int tensors;                               // that a resident block copies to shared memory
+
   __host__ __device__ int block_slots() const { return block_segments * slots; }
 };
 
@@ -140,149 +147,11 @@ struct Walk {
   __device__ __forceinline__ int64_t mask_start() const {
     return run * t.mask_run_stride + group * t.mask_group_stride + int64_t(segment) * (t.segment_length / 8);
   }
-  // The mask's bits of a slot.
-  __device__ __forceinline__ unsigned mask_bits(const uint8_t* mask, const Slot& s) const {
-    const uint8_t* bytes = mask + mask_start();
-    int lane = s.valid ? __ffs(int(s.valid)) - 1 : V;
-    const int end = t.partial ? 32 - __clz(int(s.valid & kAllLanes<T>)) : V;
-    unsigned bits = 0;
-    while (lane < end) {
-      const int plane = t.mask_plane < t.segment_length ? (s.first + lane) / t.mask_plane : 0;
-      const int e = s.first + lane - plane * t.mask_plane;
-      const int count = min(min(8 - e % 8, t.mask_plane - e), end - lane);
-      const unsigned byte = bytes[plane * t.mask_plane_bytes + e / 8];
-      bits |= (byte >> e % 8 & ((1u << count) - 1)) << lane;
-      lane += count;
-    }
-    return bits;
-  }
 };
-
-// Packs a bit per lane, as threads left them in shared memory slot by slot, into the mask's bytes of some segments.
-template <class T>
-__device__ void write_mask(const Tiles& t, const Place& at, int first_segment, int segments, const uint8_t* bits,
-                           uint8_t* mask) {
-  constexpr int V = kLanes<T>;
-  for (int i = int(threadIdx.x); i < segments * t.segment_mask_bytes; i += int(blockDim.x)) {
-    const int segment = i / t.segment_mask_bytes, byte = i - segment * t.segment_mask_bytes;
-    const Walk<T> walk(t, at, (first_segment + segment) * t.slots);
-    const int plane = t.mask_plane < t.segment_length ? byte / t.mask_plane_bytes : 0;
-    const int in_plane = (byte - plane * t.mask_plane_bytes) * 8;
-    const int first = plane * t.mask_plane + in_plane;
-    const int count = min(min(8, t.mask_plane - in_plane), walk.segment_length() - first);
-    if (count <= 0) continue;
-    const int lane = first + walk.segment_misalignment();
-    const uint8_t* from = bits + segment * t.slots + lane / V;
-    unsigned packed = *from++ >> lane % V;
-    for (int have = V - lane % V; have < count; have += V) packed |= unsigned(*from++) << have;
-    mask[walk.mask_start() + byte] = uint8_t(packed & ((1u << count) - 1));
-  }
-}
-
-// ---- Sums per channel -----------------------------------------------------------------------------------------------
-
-// How many sums a thread keeps: a lane of its slots always meets the same channel.
-template <class T, bool kSeveral>
-constexpr int kSums = kSeveral ? kLanes<T> : 1;
-
-// Doubles of shared memory that sum_channels() needs.
-template <class T>
-__host__ __device__ inline int sum_scratch(const Tiles& t) {
-  return t.several ? kLanes<T> * t.threads : 32;
-}
-
-// The channel, in the group, of an element of a segment.
-__device__ __forceinline__ int channel_of(const Tiles& t, int element) {
-  return element / t.plane % t.group_channels;
-}
-
-// sums[channel of the group] = the sum of value over the block's threads; the caller's next barrier makes it visible.
-// Scratch is free before and after.
-template <class T, bool kSeveral>
-__device__ void sum_channels(const Tiles& t, const double (&value)[kSums<T, kSeveral>], double* scratch, double* sums) {
-  const int thread = int(threadIdx.x);
-  __syncthreads();
-  if constexpr (!kSeveral) {
-    const double sum = block_sum(value[0], scratch);
-    if (thread == 0) sums[0] = sum;
-  } else {
-    // Over the threads that met the same elements of segments, then over a channel's elements.
-#pragma unroll
-    for (int i = 0; i < kLanes<T>; i++) scratch[i * t.threads + thread] = value[i];
-    __syncthreads();
-    const bool direct = t.plane * t.folds == 1;
-    for (int j = thread; j < kLanes<T> * t.slots; j += t.threads) {
-      const int lane = j / t.slots, slot = j - lane * t.slots;
-      double sum = 0;
-      for (int k = slot; k < t.step; k += t.slots) sum += scratch[lane * t.threads + k];
-      if (!direct) scratch[lane * t.threads + slot] = sum;
-      else if (slot * kLanes<T> + lane < t.group_channels) sums[slot * kLanes<T> + lane] = sum;
-    }
-    if (direct) return;
-    __syncthreads();
-    for (int channel = thread / 32; channel < t.group_channels; channel += t.threads / 32) {
-      double sum = 0;
-      for (int k = thread % 32; k < t.plane * t.folds; k += 32) {
-        const int fold = k / t.plane, element = (fold * t.group_channels + channel) * t.plane + (k - fold * t.plane);
-        sum += scratch[element % kLanes<T> * t.threads + element / kLanes<T>];
-      }
-      sum = warp_sum(sum);
-      if (thread % 32 == 0) sums[channel] = sum;
-    }
-  }
-}
-
-// The channel that number i of a group's channels stands for; where the last group has fewer, any.
-__device__ __forceinline__ int64_t channel_number(const Tiles& t, int64_t group, int i) {
-  const int64_t channel = group * t.group_channels + i;
-  return channel < t.c ? channel : channel % t.c;
-}
-
-// Partial sums in global memory: two of each of t.channels per part.
-__device__ __forceinline__ void write_partials(const Tiles& t, double* partials, int64_t part, int64_t group,
-                                               const double* first, const double* second) {
-  for (int i = int(threadIdx.x); i < t.group_channels; i += int(blockDim.x)) {
-    const int64_t channel = group * t.group_channels + i;
-    if (channel >= t.channels) break;
-    partials[(2 * part) * t.channels + channel] = first[i];
-    partials[(2 * part + 1) * t.channels + channel] = second[i];
-  }
-}
-
-// Doubles of shared memory that sum_partials() needs.
-__host__ __device__ inline int partial_scratch(const Tiles& t) {
-  return 2 * (t.threads > t.group_channels ? t.threads : t.group_channels);
-}
-
-// first[channel of the group], second[...] = the totals of `parts` partials.  Ends with a barrier.
-__device__ inline void sum_partials(const Tiles& t, const double* __restrict__ partials, int parts, int64_t group,
-                                    double* scratch, double* first, double* second) {
-  const int g = t.group_channels, all = parts * t.copies;
-  const int teams = max(1, min(min(int(blockDim.x) / g, 32), all));
-  for (int i = int(threadIdx.x); i < teams * g; i += int(blockDim.x)) {
-    const int team = i / g;
-    const double* p = partials + channel_number(t, group, i - team * g);
-    double a = 0, b = 0;
-#pragma unroll 4
-    for (int k = team; k < all; k += teams) {
-      const int part = t.copies == 1 ? k : k / t.copies;
-      const double* q = p + 2 * int64_t(part) * t.channels + (k - part * t.copies) * t.c;
-      a += q[0], b += q[t.channels];
-    }
-    scratch[i] = a, scratch[teams * g + i] = b;
-  }
-  __syncthreads();
-  for (int i = int(threadIdx.x); i < g; i += int(blockDim.x)) {
-    double a = 0, b = 0;
-    for (int team = 0; team < teams; team++) a += scratch[team * g + i], b += scratch[(teams + team) * g + i];
-    first[i] = a, second[i] = b;
-  }
-  __syncthreads();
-}
 
 // ---- On the host: the choice of groups and segments -----------------------------------------------------------------
 
-constexpr int kSeveralThreads = 256;  // at most, where a group has several channels
+constexpr int kSeveralThreads = 192;  // at most, where a group has several channels
 
 // Groups: a run's bytes of a group are about `width`, where a group's width is free.
 template <class T>
@@ -291,7 +160,7 @@ Tiles make_groups(int64_t n, int64_t c, int64_t hw, bool channels_last, int misa
   Tiles t{};
   t.total = n * c * hw;
   t.c = t.channels = c;
-  t.copies = t.folds = t.plane = t.group_channels = 1;
+  t.copies = t.folds = t.plane = t.group_channels = t.tensors = 1;
   t.misalignment = misalignment;
   t.scalar = scalar;
   if (channels_last) {
@@ -307,7 +176,8 @@ Tiles make_groups(int64_t n, int64_t c, int64_t hw, bool channels_last, int misa
       t.folds = fold;
       t.group_channels = int(c);
     } else {
-      for (int64_t l = length / 8 * 8, least = length / 2; l >= least && l > 0; l -= 8)  // all groups alike, if that can be
+      const int64_t least = std::max<int64_t>(length / 2, 8);
+      for (int64_t l = length / 8 * 8; l >= least; l -= 8)  // all groups alike, if that can be
         if (row % l == 0) {
           length = l;
           break;
@@ -331,11 +201,11 @@ Tiles make_groups(int64_t n, int64_t c, int64_t hw, bool channels_last, int misa
     t.mask_group_stride = (hw + 7) / 8;
     t.mask_run_stride = c * t.mask_group_stride;
     t.partial = t.scalar || misalignment || hw % V;
-    const bool narrow = hw * int64_t(sizeof(T)) < 128;
-    if ((hw % V || narrow) && hw <= kSeveralThreads && c * hw % V == 0 && !misalignment && c > 1) {
-      int64_t g = V / std::gcd(hw, int64_t(V));
-      g *= std::max<int64_t>(1, 128 / (g * hw * int64_t(sizeof(T))));
-      g = std::min(g, c);
+    // As many channels as make 128 bytes of whole slots, where a channel alone does not.
+    int64_t g = V / std::gcd(hw, int64_t(V));
+    g *= std::max<int64_t>(1, 128 / std::min<int64_t>(128, g * hw * int64_t(sizeof(T))));
+    g = std::min(g, c);
+    if (g > 1 && g * hw <= V * kSeveralThreads && c * hw % V == 0 && !misalignment) {
       t.several = true;
       t.plane = int(hw);
       t.group_channels = int(g);
@@ -366,7 +236,9 @@ Tiles split(Tiles t, int64_t parts, int max_threads) {
       const int64_t length = count == 1 ? hw : ((hw + count - 1) / count + 7) / 8 * 8;
       if (count > fewest && length < kShortest) break;
       const int64_t used = (hw + length - 1) / length, segments = t.runs * used;
-      const double balance = double(t.runs) * double(hw) / (double((segments + parts - 1) / parts) * double(length) * double(parts));
+      double balance =
+          double(t.runs) * double(hw) / (double((segments + parts - 1) / parts) * double(length) * double(parts));
+      if (hw % V == 0 && hw % length) balance *= 0.9;  // a shorter last segment makes every slot's bounds a question
       if (balance <= best) continue;
       best = balance;
       t.run_segments = int(used);
@@ -389,6 +261,7 @@ Tiles split(Tiles t, int64_t parts, int max_threads) {
   } else {
     t.threads = 64;
     while (t.threads < max_threads && t.threads * 4 < t.block_slots()) t.threads *= 2;
+    t.threads = std::min(t.threads, t.block_slots() > 4096 ? max_threads : std::min(max_threads, 256));
     t.step = t.threads;
   }
   t.step_slots = t.step % t.slots;

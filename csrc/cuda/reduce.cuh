@@ -26,8 +26,8 @@ __device__ __forceinline__ A block_sum(A v, A* scratch) {
 }
 
 // total[i] = the sum of mine[i] over the cluster's blocks, for i < count, in every block.  Holds barriers before and
-// after; mine must stay as it is until the blocks have passed another barrier of the cluster.  A block without a cluster
-// is its own sum.
+// after; mine must stay as it is until the blocks have passed another barrier of the cluster.  A block without a
+// cluster is its own sum.
 template <class A>
 __device__ __forceinline__ const A* cluster_sum(A* mine, A* total, int count, int cluster) {
   if (cluster == 1) {

@@ -70,6 +70,17 @@ def operator_names(namespace: str) -> list[str]:
     return sorted(name.partition("::")[2] for name in names if name.startswith(f"{namespace}::"))
 
 
+def below_autograd(operator):
+    """The operator without autograd, which torch.ops.fastnorm's own kernels have done before they come to it."""
+    import torch
+
+    def call(*args, **options):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args, **options)
+
+    return call
+
+
 @contextlib.contextmanager
 def emulation():
     """Meanwhile the operators of torch.ops.fastnorm run the emulated CUDA kernels for CPU tensors."""
@@ -81,7 +92,7 @@ def emulation():
         for name in operator_names("fastnorm_emu"):
             base, _, overload = name.partition(".")
             operator = getattr(getattr(torch.ops.fastnorm_emu, base), overload or "default")
-            override.impl(name, operator, allow_override=True)
+            override.impl(name, below_autograd(operator), allow_override=True)
         configure()
         yield
     finally:
