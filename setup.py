@@ -1,4 +1,4 @@
-"""Builds fastnorm._C: every csrc/*.cpp, every csrc/cpu/*.cpp once per instruction set, every csrc/cuda/*.cu where CUDA is.
+"""Builds fastnorm._C: csrc/*.cpp, csrc/cpu/*.cpp once per instruction set, csrc/cuda/*.cu where CUDA is found.
 
 Environment variables:
   FASTNORM_CUDA=0|1        without / with the CUDA kernels; default: where a toolkit and a CUDA torch are found
@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parent
 DEFAULT_CUDA_ARCHS = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
 X86_ISAS = {
     "DEFAULT": [],
-    "AVX2": "-DCPU_CAPABILITY_AVX2 -mavx2 -mfma -mf16c".split(),
-    "AVX512": "-DCPU_CAPABILITY_AVX512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c".split(),
+    "AVX2": ["-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"],
+    "AVX512": ["-DCPU_CAPABILITY_AVX512", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
 }
 
 
@@ -100,9 +100,18 @@ class NinjaBuild(build_ext):
         prefix_maps = [f"-ffile-prefix-map={ROOT}=.", f"-ffile-prefix-map={torch_include}=torch/include"]
         prefix_maps.append(f"-ffile-prefix-map={pybind11.get_include()}=pybind11/include")
         common = ["-std=c++20", "-O3", "-fPIC", "-DNDEBUG", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
-        common += ["-Wno-uninitialized", "-Wno-psabi", "-Wno-maybe-uninitialized"] if "clang" not in cxx else []  # false alarms from intrinsics headers
-        common += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", f"-I{ROOT / 'csrc'}", *prefix_maps]
-        common += [f"-isystem{p}" for p in (*cpp_extension.include_paths(), pybind11.get_include(), sysconfig.get_path("include"))]
+        common += (
+            ["-Wno-uninitialized", "-Wno-psabi", "-Wno-maybe-uninitialized"] if "clang" not in cxx else []
+        )  # false alarms from intrinsics headers
+        common += [
+            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+            f"-I{ROOT / 'csrc'}",
+            *prefix_maps,
+        ]
+        common += [
+            f"-isystem{p}"
+            for p in (*cpp_extension.include_paths(), pybind11.get_include(), sysconfig.get_path("include"))
+        ]
         common += ["-DFASTNORM_X86"] if x86 else []
         link = [f"-L{p}" for p in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch"]
         if sys.platform == "darwin":
@@ -114,7 +123,12 @@ class NinjaBuild(build_ext):
             common += ["-DFASTNORM_CUDA", f"-isystem{cuda_home / 'include'}"]
             link += ["-lc10_cuda", "-ltorch_cuda", f"-L{cuda_home / 'lib64'}", "-lcudart"]
         if os.environ.get("FASTNORM_SANITIZE") == "address":
-            sanitize = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr,null,object-size", "-fno-omit-frame-pointer"]
+            sanitize = [
+                "-g1",
+                "-fsanitize=address,undefined",
+                "-fno-sanitize=vptr,null,object-size",
+                "-fno-omit-frame-pointer",
+            ]
             common += ["-O1", *sanitize]
             link += sanitize
 
@@ -138,7 +152,9 @@ class NinjaBuild(build_ext):
                 for isa, flags in isas.items():
                     isa_flags = " ".join([f"-DCPU_CAPABILITY={isa}", "-ffp-contract=off", *flags])
                     target_object = str(build / f"{source.stem}.{isa}.o")
-                    objects += out.build(target_object, "cxx", str(source.relative_to(ROOT)), variables={"flags": isa_flags})
+                    objects += out.build(
+                        target_object, "cxx", str(source.relative_to(ROOT)), variables={"flags": isa_flags}
+                    )
             if with_cuda:
                 out.rule(
                     "nvcc",
@@ -164,8 +180,11 @@ class NinjaBuild(build_ext):
             "cuda": torch.version.cuda if with_cuda else None,
             "compiler": subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout.partition("\n")[0],
         }
-        for folder in {target.parent, ROOT / "fastnorm"} if self.inplace or self.editable_mode else {target.parent}:
-            (folder / "_build.json").write_text(json.dumps(about, indent=1) + "\n")
+        (target.parent / "_build.json").write_text(json.dumps(about, indent=1) + "\n")
+
+    def copy_extensions_to_source(self) -> None:  # for in-place builds
+        super().copy_extensions_to_source()
+        shutil.copy(Path(self.build_lib) / "fastnorm/_build.json", ROOT / "fastnorm")
 
 
 setup(ext_modules=[Extension("fastnorm._C", sources=[])], cmdclass={"build_ext": NinjaBuild})

@@ -122,7 +122,11 @@ def measure(cases: Iterable[Case], *, device: str, threads: int, seconds: float,
                 else:
                     ours_s, theirs_s, ratio = time_cpu(case.ours, theirs, threads, seconds)
                 row.ms, row.their_ms[name], row.speedup[name] = ours_s * 1e3, theirs_s * 1e3, ratio
-            copy_s = time_cuda(case.copy, case.copy, 0.1)[0] if device == "cuda" else time_cpu(case.copy, case.copy, threads, 0.05)[0]
+            copy_s = (
+                time_cuda(case.copy, case.copy, 0.1)[0]
+                if device == "cuda"
+                else time_cpu(case.copy, case.copy, threads, 0.05)[0]
+            )
             row.gb_per_s = case.floor / row.ms / 1e6
             row.share_of_copy = row.gb_per_s / (case.copy_bytes / copy_s / 1e9)
             rows.append(row)
@@ -178,7 +182,9 @@ def table(rows: list[Row]) -> str:
     left = 5  # columns of text; the others are numbers
 
     def line(cells: list[str]) -> str:
-        return "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        return "  ".join(
+            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        )
 
     return "\n".join([line(head), *map(line, body)])
 
@@ -194,7 +200,9 @@ def plot(path: str, rows: list[Row], about: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (bars, roof) = plt.subplots(1, 2, figsize=(15, 2 + 0.24 * len(rows)), width_ratios=(2, 1), layout="constrained")
+    figure, (bars, roof) = plt.subplots(
+        1, 2, figsize=(15, 2 + 0.24 * len(rows)), width_ratios=(2, 1), layout="constrained"
+    )
     names = [f"{r.op} {'x'.join(map(str, r.shape))} {r.layout} {r.dtype} {r.what}" for r in rows]
     others = list(dict.fromkeys(name for row in rows for name in row.speedup))
     height = 0.8 / len(others)

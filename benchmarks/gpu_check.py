@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_check.py [--out FOLDER]
 
-Uses the interpreter that it is run with and installs nothing. Writes FOLDER/gpu_check.json (steps with their outcome and
+Uses the interpreter that it is run with and installs nothing. Writes FOLDER/gpu_check.json (steps, their outcome and
 time, benchmark rows, what they were measured on), a log per step, and prints a summary; exits with 1 if a step failed.
 """
 
@@ -97,7 +97,11 @@ def main() -> None:
 
     python = sys.executable
     if step("build", [python, "setup.py", "build_ext", "--inplace"], 150):
-        step("tests on cuda", [python, "-m", "pytest", "tests", "-k", "cuda and not emulation", "-x", "--maxfail=20"], 150)
+        step(
+            "tests on cuda",
+            [python, "-m", "pytest", "tests", "-k", "cuda and not emulation", "-x", "--maxfail=20"],
+            150,
+        )
         sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         for tool in ("memcheck", "racecheck"):
             if Path(sanitizer).exists():

@@ -17,7 +17,7 @@ namespace fastnorm {
 enum class Activation { kNone, kRelu, kRelu6, kLeakyRelu, kElu, kSigmoid, kTanh, kSilu, kGelu, kGeluTanh, kHardswish };
 
 // In the order of the enum; the operators take an activation by its name.
-constexpr const char* kActivationNames[] = {"none", "relu", "relu6", "leaky_relu", "elu", "sigmoid",
+constexpr const char* kActivationNames[] = {"none", "relu", "relu6", "leaky_relu", "elu",      "sigmoid",
                                             "tanh", "silu", "gelu",  "gelu_tanh",  "hardswish"};
 
 // Whether the derivative takes two values only, so that one bit per element tells it.
@@ -33,7 +33,7 @@ struct Math {
   static FASTNORM_HOST_DEVICE Mask less(T a, T b) { return a < b; }
   static FASTNORM_HOST_DEVICE Mask less_equal(T a, T b) { return a <= b; }
   static FASTNORM_HOST_DEVICE T select(Mask m, T a, T b) { return m ? a : b; }  // m ? a : b
-  static FASTNORM_HOST_DEVICE T relu(T v) { return v <= T(0) ? T(0) : v; }  // fmax would drop NaN
+  static FASTNORM_HOST_DEVICE T relu(T v) { return v <= T(0) ? T(0) : v; }      // fmax would drop NaN
   static FASTNORM_HOST_DEVICE T exp(T v) { return T(::exp(v)); }
   static FASTNORM_HOST_DEVICE T expm1(T v) { return T(::expm1(v)); }
   static FASTNORM_HOST_DEVICE T tanh(T v) { return T(::tanh(v)); }
@@ -117,8 +117,7 @@ FASTNORM_HOST_DEVICE T activation_gradient(Activation activation, T z, T slope) 
       return s * (one + z * (one - s));
     }
     case Activation::kGelu:
-      return half * (one + M::erf(z * M::set(kSqrtHalf))) +
-             z * M::exp(M::set(-0.5) * z * z) * M::set(kInvSqrtTwoPi);
+      return half * (one + M::erf(z * M::set(kSqrtHalf))) + z * M::exp(M::set(-0.5) * z * z) * M::set(kInvSqrtTwoPi);
     case Activation::kGeluTanh: {
       const T t = M::tanh(M::set(kSqrtTwoOverPi) * (z + M::set(kGeluCubic) * z * z * z));
       const T inner = M::set(kSqrtTwoOverPi) * (one + M::set(3 * kGeluCubic) * z * z);

@@ -22,10 +22,13 @@ using OptionalTensor = std::optional<Tensor>;
 
 // x as [n, c, hw] with its layout; what is dense in neither way is copied.
 struct View {
-  explicit View(const Tensor& x) : format(x.suggest_memory_format()), channels_last(format != at::MemoryFormat::Contiguous) {
+  explicit View(const Tensor& x)
+      : format(x.suggest_memory_format()), channels_last(format != at::MemoryFormat::Contiguous) {
+    n = 1, c = 0, hw = 1;
+    if (x.dim() == 1 && x.sym_size(0) == 0) return;  // as torch
     TORCH_CHECK_INDEX(x.dim() >= 2, kOp, ": the input must have 2 or more dimensions (N, C, ...), got shape ",
                       shape_text(x));
-    n = x.sym_size(0), c = x.sym_size(1), hw = 1;
+    n = x.sym_size(0), c = x.sym_size(1);
     for (int64_t d = 2; d < x.dim(); d++) hw = hw * x.sym_size(d);
     if (hw == 1) channels_last = true;  // both layouts are the same memory, and rows are the faster kernel
   }
@@ -42,7 +45,8 @@ void check_parameters(const OptionalTensor& weight, const OptionalTensor& bias, 
   check_channels(bias, x, c, kOp, "bias");
   for (const auto& p : {weight, bias}) {
     if (!p) continue;
-    TORCH_CHECK(p->scalar_type() == x.scalar_type() || (p->scalar_type() == at::kFloat && size_of(dtype_of(x, kOp, "input")) == 2),
+    TORCH_CHECK(p->scalar_type() == x.scalar_type() ||
+                    (p->scalar_type() == at::kFloat && size_of(dtype_of(x, kOp, "input")) == 2),
                 kOp, ": weight and bias must be ", dtype_text(x.scalar_type()),
                 " like the input, or float32 beside a 16-bit input, got ", dtype_text(p->scalar_type()));
   }
@@ -54,15 +58,16 @@ void check_parameters(const OptionalTensor& weight, const OptionalTensor& bias, 
 OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; }
 
 Tensor workspace(size_t bytes, const Tensor& x) {
-  return bytes ? at::empty({int64_t(bytes)}, x.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous)) : Tensor();
+  return bytes ? at::empty({int64_t(bytes)}, x.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous))
+               : Tensor();
 }
 void* workspace_data(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
-    const Tensor& x_in, const OptionalTensor& residual_in, const OptionalTensor& weight_in, const OptionalTensor& bias_in,
-    const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-    bool training, std::optional<double> momentum, double eps, std::string_view activation_name, double negative_slope,
-    bool save_mask) {
+    const Tensor& x_in, const OptionalTensor& residual_in, const OptionalTensor& weight_in,
+    const OptionalTensor& bias_in, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
+    std::string_view activation_name, double negative_slope, bool save_mask) {
   const View view(x_in);
   const DType dtype = dtype_of(x_in, kOp, "input");
   const Activation activation = activation_of(activation_name, kOp);
@@ -76,11 +81,13 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
                     ": running_mean and running_var must both be given or both be None");
   if (running_mean) {
     dtype_of(*running_mean, kOp, "running_mean");
-    TORCH_CHECK(running_mean->scalar_type() == running_var->scalar_type(), kOp, ": running_mean and running_var must have one dtype, got ",
-                dtype_text(running_mean->scalar_type()), " and ", dtype_text(running_var->scalar_type()));
+    TORCH_CHECK(running_mean->scalar_type() == running_var->scalar_type(), kOp,
+                ": running_mean and running_var must have one dtype, got ", dtype_text(running_mean->scalar_type()),
+                " and ", dtype_text(running_var->scalar_type()));
   }
-  TORCH_CHECK(!num_batches_tracked || (num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->sym_numel() == 1), kOp,
-              ": num_batches_tracked must be one int64");
+  TORCH_CHECK(!num_batches_tracked ||
+                  (num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->sym_numel() == 1),
+              kOp, ": num_batches_tracked must be one int64");
   TORCH_CHECK(!training || !running_mean || momentum || num_batches_tracked, kOp,
               ": momentum=None averages over num_batches_tracked, which is None");
 
@@ -107,13 +114,15 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
   const OptionalTensor weight = contiguous(weight_in), bias = contiguous(bias_in);
   const OptionalTensor mean = contiguous(running_mean), var = contiguous(running_var);
   BatchNormForward a{};
-  a.n = view.n.expect_int(), a.c = view.c.expect_int(), a.hw = view.hw.expect_int(), a.channels_last = view.channels_last;
+  a.n = view.n.expect_int(), a.c = view.c.expect_int(), a.hw = view.hw.expect_int(),
+  a.channels_last = view.channels_last;
   a.dtype = dtype;
   if (const auto& p = weight ? weight : bias) a.param_dtype = dtype_of(*p, kOp, "weight");
   if (running_mean) a.running_dtype = dtype_of(*running_mean, kOp, "running_mean");
   a.training = training, a.cumulative = !momentum, a.momentum = momentum.value_or(0), a.eps = eps;
   a.negative_slope = negative_slope, a.activation = activation;
-  a.x = x.const_data_ptr(), a.residual = data_or_null(residual), a.weight = data_or_null(weight), a.bias = data_or_null(bias);
+  a.x = x.const_data_ptr(), a.residual = data_or_null(residual), a.weight = data_or_null(weight),
+  a.bias = data_or_null(bias);
   a.running_mean = mutable_data_or_null(mean), a.running_var = mutable_data_or_null(var);
   a.num_batches_tracked = static_cast<int64_t*>(mutable_data_or_null(num_batches_tracked));
   a.y = y.mutable_data_ptr(), a.stats = stats.mutable_data_ptr();
@@ -153,7 +162,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
                   stats.scalar_type() == accumulate_scalar_type(x_in.scalar_type()),
               kOp, ": stats must be what the forward operator returned");
   const bool has_mask = mask && mask->sym_numel() != 0;
-  TORCH_CHECK(!has_mask || (mask->sym_numel() == view.mask_bytes() && mask->scalar_type() == at::kByte && mask->is_contiguous()),
+  TORCH_CHECK(!has_mask ||
+                  (mask->sym_numel() == view.mask_bytes() && mask->scalar_type() == at::kByte && mask->is_contiguous()),
               kOp, ": mask must be what the forward operator returned");
 
   const Tensor x = view.dense(x_in);
@@ -175,7 +185,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   const OptionalTensor residual = residual_in ? OptionalTensor(view.dense(*residual_in)) : residual_in;
   const OptionalTensor weight = contiguous(weight_in), bias = contiguous(bias_in);
   BatchNormBackward a{};
-  a.n = view.n.expect_int(), a.c = view.c.expect_int(), a.hw = view.hw.expect_int(), a.channels_last = view.channels_last;
+  a.n = view.n.expect_int(), a.c = view.c.expect_int(), a.hw = view.hw.expect_int(),
+  a.channels_last = view.channels_last;
   a.dtype = dtype;
   a.param_dtype = p ? dtype_of(*p, kOp, "weight") : accumulate_type(dtype);
   a.training = training, a.negative_slope = negative_slope, a.activation = activation_of(activation_name, kOp);
@@ -213,6 +224,12 @@ TORCH_LIBRARY_FRAGMENT(FASTNORM_LIBRARY, m) {
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, "
       "str activation, float negative_slope, bool save_mask) -> (Tensor y, Tensor stats, Tensor mask)",
       {at::Tag::pt2_compliant_tag});
+  // With training=False: nothing is written, so that exported and compiled graphs have no mutated buffers.
+  m.def(
+      "batch_norm_forward.frozen(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? running_mean, "
+      "Tensor? running_var, Tensor? num_batches_tracked, bool training, float? momentum, float eps, "
+      "str activation, float negative_slope, bool save_mask) -> (Tensor y, Tensor stats, Tensor mask)",
+      {at::Tag::pt2_compliant_tag});
   m.def(
       "batch_norm_backward(Tensor dy, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor stats, "
       "Tensor? mask, bool training, float eps, str activation, float negative_slope, bool[4] output_mask) -> "
@@ -222,5 +239,6 @@ TORCH_LIBRARY_FRAGMENT(FASTNORM_LIBRARY, m) {
 
 TORCH_LIBRARY_IMPL(FASTNORM_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("batch_norm_forward", fastnorm::batch_norm_forward);
+  m.impl("batch_norm_forward.frozen", fastnorm::batch_norm_forward);
   m.impl("batch_norm_backward", fastnorm::batch_norm_backward);
 }

@@ -1,5 +1,6 @@
 // Batch norm in autograd: the operators record their gradients as torch's own do.  A node in C++ costs a tiny batch a
-// third of what an autograd.Function in Python does.  (Derivatives of forward mode and torch.func: ../fastnorm/batch_norm.py.)
+// third of what an autograd.Function in Python does.  (Derivatives of forward mode and torch.func:
+// ../fastnorm/batch_norm.py.)
 #ifndef FASTNORM_CUDA_EMULATION
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/function.h>
@@ -24,12 +25,12 @@ using Forward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Optional
                                                    std::string_view, double, bool);
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&,
                                                             const OptionalTensor&, const OptionalTensor&, const Tensor&,
-                                                            const OptionalTensor&, bool, double, std::string_view, double,
-                                                            std::array<bool, 4>);
+                                                            const OptionalTensor&, bool, double, std::string_view,
+                                                            double, std::array<bool, 4>);
 
 template <class Signature>
-c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+c10::TypedOperatorHandle<Signature> find_operator(const char* name, const char* overload = "") {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Signature>();
 }
 
 template <class Node, class Pointer = NodePointer>
@@ -86,10 +87,11 @@ struct BatchNormBackward final : torch::autograd::TraceableFunction {
 };
 
 void check_constant(const OptionalTensor& t, const char* name) {
-  TORCH_CHECK(!t || !t->requires_grad() || !at::GradMode::is_enabled(),
-              "batch_norm: ", name, " must not require a gradient: batch_norm is not differentiable in it");
+  TORCH_CHECK(!t || !t->requires_grad() || !at::GradMode::is_enabled(), "batch_norm: ", name,
+              " must not require a gradient: batch_norm is not differentiable in it");
 }
 
+template <bool kFrozen>
 std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
     c10::DispatchKeySet keys, const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& running_mean, const OptionalTensor& running_var,
@@ -114,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
     backward->training = training, backward->eps = eps, backward->negative_slope = negative_slope;
     backward->activation = activation;
   }
-  static const auto op = find_operator<Forward>("fastnorm::batch_norm_forward");
+  static const auto op = find_operator<Forward>("fastnorm::batch_norm_forward", kFrozen ? "frozen" : "");
   auto result = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
     return op.redispatch(keys & c10::after_ADInplaceOrView_keyset, x, residual, weight, bias, running_mean, running_var,
@@ -129,10 +131,12 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
 }
 
 // Where its own gradient is wanted, the operator is written in torch's operators (fastnorm/batch_norm.py).
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
-    c10::DispatchKeySet keys, const Tensor& dy, const Tensor& x, const OptionalTensor& residual,
-    const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& stats, const OptionalTensor& mask,
-    bool training, double eps, std::string_view activation, double negative_slope, std::array<bool, 4> output_mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(c10::DispatchKeySet keys, const Tensor& dy,
+                                                               const Tensor& x, const OptionalTensor& residual,
+                                                               const OptionalTensor& weight, const OptionalTensor& bias,
+                                                               const Tensor& stats, const OptionalTensor& mask,
+                                                               bool training, double eps, std::string_view activation,
+                                                               double negative_slope, std::array<bool, 4> output_mask) {
   if (torch::autograd::compute_requires_grad(dy, x, residual, weight, bias)) {
     static const auto op = find_operator<Backward>("fastnorm::batch_norm_backward_recorded");
     return op.call(dy, x, residual, weight, bias, stats, mask, training, eps, activation, negative_slope, output_mask);
@@ -147,7 +151,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
 }  // namespace fastnorm
 
 TORCH_LIBRARY_IMPL(fastnorm, Autograd, m) {
-  m.impl("batch_norm_forward", TORCH_FN(fastnorm::batch_norm_forward));
+  m.impl("batch_norm_forward", TORCH_FN(fastnorm::batch_norm_forward<false>));
+  m.impl("batch_norm_forward.frozen", TORCH_FN(fastnorm::batch_norm_forward<true>));
   m.impl("batch_norm_backward", TORCH_FN(fastnorm::batch_norm_backward));
 }
 #endif

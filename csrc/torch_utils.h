@@ -47,12 +47,14 @@ inline at::ScalarType accumulate_scalar_type(at::ScalarType t) { return t == at:
 inline Activation activation_of(std::string_view name, const char* op) {
   for (int i = 0; i < int(std::size(kActivationNames)); i++)
     if (name == kActivationNames[i]) return Activation(i);
-  TORCH_CHECK_VALUE(false, op, ": activation must be one of none, relu, relu6, leaky_relu, elu, sigmoid, tanh, silu, gelu, ",
+  TORCH_CHECK_VALUE(false, op,
+                    ": activation must be one of none, relu, relu6, leaky_relu, elu, sigmoid, tanh, silu, gelu, ",
                     "gelu_tanh, hardswish, got ", name);
 }
 
 inline void check_same_device(const at::Tensor& t, const at::Tensor& x, const char* op, const char* name) {
-  TORCH_CHECK(t.device() == x.device(), op, ": ", name, " must be on ", x.device(), " like the input, got ", t.device());
+  TORCH_CHECK(t.device() == x.device(), op, ": ", name, " must be on ", x.device(), " like the input, got ",
+              t.device());
 }
 
 // A shape as Python writes it.
@@ -102,7 +104,8 @@ inline Device device_of(const at::Tensor& x, const char* op) {
 #ifdef FASTNORM_CUDA
   if (x.is_cuda()) return Device::kCuda;
 #else
-  TORCH_CHECK(!x.is_cuda(), op, ": this build of fastnorm has no CUDA kernels; rebuild where nvcc and a CUDA torch are: ",
+  TORCH_CHECK(!x.is_cuda(), op,
+              ": this build of fastnorm has no CUDA kernels; rebuild where nvcc and a CUDA torch are: ",
               "FASTNORM_CUDA=1 pip install --no-build-isolation --force-reinstall fastnorm");
 #endif
 #endif

@@ -1,4 +1,4 @@
-"""Trains LeNet with batch norm on scikit-learn's digits twice from the same weights: with torch.nn and with fastnorm.nn.
+"""Trains LeNet with batch norm on scikit-learn's digits twice from the same weights: torch.nn against fastnorm.nn.
 
 Prints loss and accuracy of both side by side, seconds per epoch, how far the parameters are apart at the end, and a
 short table of kernel speed-ups on this machine; draws the curves into demo.png.
@@ -98,7 +98,9 @@ def train(epochs: int) -> tuple[dict[str, dict[str, list[float]]], float]:
 def draw(path: str, curves: dict[str, dict[str, list[float]]]) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for axis, (key, title) in zip(
-        axes, {"loss": "training loss", "accuracy": "test accuracy", "seconds": "seconds per epoch"}.items(), strict=True
+        axes,
+        {"loss": "training loss", "accuracy": "test accuracy", "seconds": "seconds per epoch"}.items(),
+        strict=True,
     ):
         for name, style in zip(curves, ("--", "-"), strict=True):
             axis.plot(range(1, len(curves[name][key]) + 1), curves[name][key], style, marker=".", label=name)
@@ -127,7 +129,9 @@ def main() -> None:
     if args.no_benchmark:
         return
     print("\nkernels on this machine, one thread, against torch eager:")
-    cases = [c for layout in ("nchw", "nhwc") for c in batch_norm.cases("cpu", "float32", layout, ["eager"], quick=True)]
+    cases = [
+        c for layout in ("nchw", "nhwc") for c in batch_norm.cases("cpu", "float32", layout, ["eager"], quick=True)
+    ]
     print(common.table(common.measure(cases, device="cpu", threads=1, seconds=0.5)))
 
 

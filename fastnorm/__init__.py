@@ -9,7 +9,7 @@ __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "__version__", "check", 
 
 def __getattr__(name: str):
     if name == "check":  # what it needs of torch.testing is slow to import
-        from .check import check
+        from ._check import check
 
         return check
     raise AttributeError(f"module 'fastnorm' has no attribute {name!r}")

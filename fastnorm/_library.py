@@ -26,7 +26,8 @@ def load() -> Any:
     built_for = build.get("torch", "an unknown torch")
     if build and _release(built_for) != _release(torch.__version__):
         raise ImportError(
-            f"fastnorm was built for torch {built_for}, but torch {torch.__version__} is installed. Rebuild it: {REBUILD}"
+            f"fastnorm was built for torch {built_for}, but torch {torch.__version__} is installed. "
+            f"Rebuild it: {REBUILD}"
         )
     try:
         return importlib.import_module("fastnorm._C")
@@ -36,7 +37,8 @@ def load() -> Any:
                 f"fastnorm's extension is not built (for torch {torch.__version__}). Build it: {REBUILD}"
             ) from error
         raise ImportError(
-            f"fastnorm's extension, built for torch {built_for}, does not load with torch {torch.__version__}: {error}. "
+            f"fastnorm's extension, built for torch {built_for}, does not load with torch {torch.__version__}: "
+            f"{error}. "
             f"Rebuild it: {REBUILD}"
         ) from error
 

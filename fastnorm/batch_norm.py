@@ -14,10 +14,11 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ._library import ops
-from .activation import TWO_SLOPES, activate, check_activation
+from .activation import activate, check_activation
 from .transforms import ChannelFold, push_forward
 
 _forward = ops.batch_norm_forward.default
+_forward_frozen = ops.batch_norm_forward.frozen  # the same where training is False; its schema writes nothing
 _backward = ops.batch_norm_backward.default
 
 
@@ -137,7 +138,11 @@ def _batch_norm(
                 x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
                 activation or "none", negative_slope,
             )[0]  # fmt: skip
-    return _forward(
+        return (_forward._op if training else _forward_frozen._op)(
+            x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
+            activation or "none", negative_slope, False,
+        )[0]  # fmt: skip
+    return (_forward if training else _forward_frozen)(
         x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
         activation or "none", negative_slope, False,
     )[0]  # fmt: skip
@@ -167,7 +172,7 @@ class BatchNormFunction(torch.autograd.Function):
         x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, activation,
         negative_slope,
     ):  # fmt: skip
-        return _forward(
+        return (_forward if training else _forward_frozen)(
             x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
             activation, negative_slope, False,
         )[:2]  # fmt: skip
@@ -235,9 +240,7 @@ class BatchNormBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(dy, x, residual, weight, bias, stats, mask, training, eps, activation, negative_slope, needs):
-        grads = _backward(
-            dy, x, residual, weight, bias, stats, mask, training, eps, activation, negative_slope, needs
-        )
+        grads = _backward(dy, x, residual, weight, bias, stats, mask, training, eps, activation, negative_slope, needs)
         return tuple(g for g, need in zip(grads, needs, strict=True) if need)
 
     @staticmethod
@@ -382,20 +385,22 @@ class _FusedBatchNorm:
             args = (input,) if residual is None else (input, residual)
             return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), args, {})
         self._check_input_dim(input)
-        training = self.training
-        buffers = self._buffers
-        running_mean, running_var = buffers["running_mean"], buffers["running_var"]
-        num_batches_tracked = None
+        try:  # not by attribute: nn.Module looks those up slowly, and a tiny batch notices
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+            running_mean, running_var = self._buffers["running_mean"], self._buffers["running_var"]
+        except KeyError:  # replaced by a parametrization, or by hand
+            weight, bias, running_mean, running_var = self.weight, self.bias, self.running_mean, self.running_var
+        training, num_batches_tracked = self.training, None
         if training:
             if self.track_running_stats:
-                num_batches_tracked = buffers["num_batches_tracked"]
+                num_batches_tracked = self.num_batches_tracked
             else:
                 running_mean = running_var = None
         elif running_mean is None and running_var is None:
             training = True
         return _batch_norm(
-            input, residual, self.weight, self.bias, running_mean, running_var, num_batches_tracked, training,
-            self.momentum, self.eps, self.activation, self.negative_slope,
+            input, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, self.momentum,
+            self.eps, self.activation, self.negative_slope,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

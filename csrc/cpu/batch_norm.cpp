@@ -2,7 +2,8 @@
 //
 // Planes ([n][c][hw]): one channel usually fits the L2 cache, so its statistics are taken and it is normalised at once:
 //   one read and one write of memory.  With fewer channels than threads can share, all statistics come first.
-// Rows (channels_last, [n * hw][c]): two passes, the second one backwards over blocks of 256 KB.  Several short rows are
+// Rows (channels_last, [n * hw][c]): two passes, the second one backwards over blocks of 256 KB.  Several short rows
+// are
 //   taken for one long row whose length is a multiple of a vector, so that no channel count needs a scalar tail.
 // Backward is the same twice: sums of dz and dz * (x - mean) per channel, then dx.
 #include "../batch_norm.h"
@@ -133,7 +134,9 @@ void add_segment(const BatchNormForward& a, const Segments& segments, int64_t c,
     ShiftedSums<T> sums[kMaxGroup];
     for (int64_t k = 0; k < channels; k++) sums[k] = ShiftedSums<T>(x + plane * stride + k * a.hw, len);
     for (int64_t n = plane; n < plane + planes; n++) {
-      const int64_t ahead = offset + len < a.hw ? len : n + 1 < a.n ? stride - offset : channels * a.hw - n * stride - offset;
+      const int64_t ahead = offset + len < a.hw ? len
+                            : n + 1 < a.n       ? stride - offset
+                                                : channels * a.hw - n * stride - offset;
       for (int64_t k = 0; k < channels; k++) sums[k].add(x + n * stride + k * a.hw, len, lanes, ahead);
     }
     for (int64_t k = 0; k < channels; k++) moments[k].merge(sums[k].moments(double(planes) * len));
@@ -220,14 +223,16 @@ struct Rows {
   int64_t channel_blocks() const { return (c + 63) / 64; }
   // f(first, last) of a block of channels
   template <class F>
-  void visit_channels(int64_t block, F f) const { f(block * 64, std::min(c, block * 64 + 64)); }
+  void visit_channels(int64_t block, F f) const {
+    f(block * 64, std::min(c, block * 64 + 64));
+  }
   template <class A>
   void set(const PerColumn<A>& coefficients, int64_t channel, const Channel<A>& values) const {
     for (int64_t i = channel; i < columns; i += c) coefficients.set(values, i);
   }
 };
 
-constexpr int64_t kBlockRows = 256;    // wide rows whose sums are in the accumulate type
+constexpr int64_t kBlockRows = 256;  // wide rows whose sums are in the accumulate type
 constexpr int64_t kRowsReadAhead = 1024;
 
 // Workspace: doubles [chunks][2][c], coefficients [kCoefficients][padded], and per thread [3][padded].
@@ -246,7 +251,9 @@ struct RowsWorkspace {
   static size_t bytes(const Rows<T>& rows, int threads) {
     return sizeof(double) * rows.chunks * 2 * rows.c + sizeof(A) * (kCoefficients + 3 * threads) * rows.padded();
   }
-  double* chunk_sums(const Rows<T>& rows, int64_t chunk, int which) const { return sums + (chunk * 2 + which) * rows.c; }
+  double* chunk_sums(const Rows<T>& rows, int64_t chunk, int which) const {
+    return sums + (chunk * 2 + which) * rows.c;
+  }
   A* thread_scratch(int rank, int which) const { return scratch + (rank * 3 + which) * padded; }
 };
 
@@ -310,8 +317,8 @@ void forward_rows(const BatchNormForward& a) {
   parallel(a.threads, [&](Team team) {
     if (a.training)
       team.for_each(rows.chunks, [&](int64_t i) {
-        chunk_moments(x, rows, i * rows.chunk, rows.chunk_end(i), work.chunk_sums(rows, i, 0), work.chunk_sums(rows, i, 1),
-                      work.thread_scratch(team.rank, 0), work.thread_scratch(team.rank, 1),
+        chunk_moments(x, rows, i * rows.chunk, rows.chunk_end(i), work.chunk_sums(rows, i, 0),
+                      work.chunk_sums(rows, i, 1), work.thread_scratch(team.rank, 0), work.thread_scratch(team.rank, 1),
                       work.thread_scratch(team.rank, 2));
       });
     team.for_each(rows.channel_blocks(), [&](int64_t block) {
@@ -390,8 +397,8 @@ inline void write_frozen(const BatchNormBackward& a, const Coefficients& c, cons
 
 // dx and dresidual of len elements from `at` on.
 template <class T, Slope slope, class Coefficients>
-inline void backward_span(const BatchNormBackward& a, const Coefficients c, int64_t at, int64_t len, const uint8_t* mask,
-                          int64_t read_ahead, int64_t write_ahead) {
+inline void backward_span(const BatchNormBackward& a, const Coefficients c, int64_t at, int64_t len,
+                          const uint8_t* mask, int64_t read_ahead, int64_t write_ahead) {
   T *const dx = static_cast<T*>(a.dx), *const dresidual = static_cast<T*>(a.dresidual);
   for_packs<T>(len, [&](int64_t i, auto count, auto again) {
     if (read_ahead) {
@@ -453,7 +460,9 @@ void add_segment(const BatchNormBackward& a, const Segments& segments, const Cha
     P sum[kMaxGroup], product[kMaxGroup];
     for (int64_t k = 0; k < channels; k++) sum[k] = product[k] = P(A(0));
     for (int64_t n = first; n < first + planes; n++) {
-      const int64_t ahead = offset + len < a.hw ? len : n + 1 < a.n ? stride - offset : channels * a.hw - n * stride - offset;
+      const int64_t ahead = offset + len < a.hw ? len
+                            : n + 1 < a.n       ? stride - offset
+                                                : channels * a.hw - n * stride - offset;
       for (int64_t k = 0; k < channels; k++) {
         const int64_t plane = n * a.c + c + k, at = plane * a.hw + offset;
         const uint8_t* const mask = a.mask + (a.mask ? plane * ((a.hw + 7) / 8) + offset / 8 : 0);
@@ -553,8 +562,7 @@ void chunk_sums(const BatchNormBackward& a, const Rows<T>& rows, const PerColumn
       });
     };
     int64_t row = block;
-    for (; row + 2 * columns <= block_end; row += 2 * columns)
-      add_rows(row, columns, std::integral_constant<int, 2>());
+    for (; row + 2 * columns <= block_end; row += 2 * columns) add_rows(row, columns, std::integral_constant<int, 2>());
     for (; row < block_end; row += columns)
       add_rows(row, std::min(columns, block_end - row), std::integral_constant<int, 1>());
     for (int64_t i = 0; i < c; i++)
@@ -617,8 +625,10 @@ size_t batch_norm_forward_workspace(const BatchNormForward& a) {
   size_t bytes = 0;
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (a.channels_last) bytes = RowsWorkspace<T>::bytes(Rows<T>(a.n * a.hw, a.c), a.threads);
-    else if (!a.training) bytes = a.c * sizeof(Channel<Accumulate<T>>);
+    if (a.channels_last)
+      bytes = RowsWorkspace<T>::bytes(Rows<T>(a.n * a.hw, a.c), a.threads);
+    else if (!a.training)
+      bytes = a.c * sizeof(Channel<Accumulate<T>>);
     else if (a.threads > 1 && a.c < 4 * a.threads)
       bytes = a.c * (Segments(a.n, a.hw).count() * sizeof(Moments) + sizeof(Channel<Accumulate<T>>));
   });
@@ -629,7 +639,8 @@ size_t batch_norm_backward_workspace(const BatchNormBackward& a) {
   size_t bytes = 0;
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (a.channels_last) bytes = RowsWorkspace<T>::bytes(Rows<T>(a.n * a.hw, a.c), a.threads);
+    if (a.channels_last)
+      bytes = RowsWorkspace<T>::bytes(Rows<T>(a.n * a.hw, a.c), a.threads);
     else if (a.threads > 1 && a.c < 4 * a.threads)
       bytes = a.c * (Segments(a.n, a.hw).count() * sizeof(Sums) + sizeof(Channel<Accumulate<T>>));
   });

@@ -12,27 +12,27 @@ Isa isa();  // the chosen one; defined in library.cpp
 
 // Declares name(const Args&) for every instruction set, and the function that calls the chosen one.
 #ifdef FASTNORM_X86
-#define FASTNORM_CPU_KERNEL(Result, name, Args)            \
-  namespace DEFAULT {                                      \
-  Result name(const Args&);                                \
-  }                                                        \
-  namespace AVX2 {                                         \
-  Result name(const Args&);                                \
-  }                                                        \
-  namespace AVX512 {                                       \
-  Result name(const Args&);                                \
-  }                                                        \
-  inline Result name(const Args& args) {                   \
-    switch (isa()) {                                       \
-      case Isa::kAvx512: return AVX512::name(args);        \
-      case Isa::kAvx2: return AVX2::name(args);            \
-      default: return DEFAULT::name(args);                 \
-    }                                                      \
+#define FASTNORM_CPU_KERNEL(Result, name, Args)     \
+  namespace DEFAULT {                               \
+  Result name(const Args&);                         \
+  }                                                 \
+  namespace AVX2 {                                  \
+  Result name(const Args&);                         \
+  }                                                 \
+  namespace AVX512 {                                \
+  Result name(const Args&);                         \
+  }                                                 \
+  inline Result name(const Args& args) {            \
+    switch (isa()) {                                \
+      case Isa::kAvx512: return AVX512::name(args); \
+      case Isa::kAvx2: return AVX2::name(args);     \
+      default: return DEFAULT::name(args);          \
+    }                                               \
   }
 #else
-#define FASTNORM_CPU_KERNEL(Result, name, Args)                                 \
-  namespace DEFAULT {                                                           \
-  Result name(const Args&);                                                     \
-  }                                                                             \
+#define FASTNORM_CPU_KERNEL(Result, name, Args) \
+  namespace DEFAULT {                           \
+  Result name(const Args&);                     \
+  }                                             \
   inline Result name(const Args& args) { return DEFAULT::name(args); }
 #endif

@@ -53,7 +53,8 @@ struct ShiftedSums {
   }
 };
 
-// The same in double throughout, for what overflowed above (|x| > 1e18 in float32) and to tell it from true Inf and NaN.
+// The same in double throughout, for what overflowed above (|x| > 1e18 in float32) and to tell it from true Inf and
+// NaN.
 template <class T>
 inline Moments wide_moments(const T* x, int64_t spans, int64_t stride, int64_t len) {
   const double n = double(spans) * len;

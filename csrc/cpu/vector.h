@@ -1,6 +1,6 @@
 // Vectors for the CPU kernels: a Pack is kLanes consecutive elements in the accumulate type, whatever type they have in
-// memory.  Everything here lives in the namespace of the instruction set that the file is compiled for, so that no other
-// variant can get at it.
+// memory.  Everything here lives in the namespace of the instruction set that the file is compiled for, so that no
+// other variant can get at it.
 #pragma once
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
@@ -115,9 +115,9 @@ inline void store(T* p, Pack<Accumulate<T>> v, Count count) {
 
 using Zero = std::integral_constant<int64_t, 0>;
 
-// f(i, count, again) for every pack of len elements.  What is left after the last full pack is taken as a full pack too:
-// it ends with the span, so that `again` of its first lanes were taken before.  Only a span that is shorter than a pack
-// has a smaller count, which then is an int64_t; `again` is a constant 0 in all but that last pack.
+// f(i, count, again) for every pack of len elements.  What is left after the last full pack is taken as a full pack
+// too: it ends with the span, so that `again` of its first lanes were taken before.  Only a span that is shorter than a
+// pack has a smaller count, which then is an int64_t; `again` is a constant 0 in all but that last pack.
 template <class T, class F>
 inline void for_packs(int64_t len, F f) {
   constexpr int64_t W = kLanes<T>;
@@ -155,7 +155,8 @@ template <class Count, class Again>
 inline void store_bits(uint8_t* span, int64_t i, uint32_t bits, Count count, Again again) {
   if constexpr (!std::is_same_v<Count, int64_t> && std::is_same_v<Again, Zero>) {
     std::memcpy(span + i / 8, &bits, count / 8);
-  } else {  // the lanes that were taken before end with a byte
+  } else {                                               // the lanes that were taken before end with a byte
+    if (count < 32) bits &= (uint32_t(1) << count) - 1;  // padding is 0
     for (int64_t lane = again; lane < count; lane += 8) span[(i + lane) / 8] = uint8_t(bits >> lane);
   }
 }
@@ -219,7 +220,8 @@ inline double read(const void* p, DType t, int64_t i, double missing) {
 }
 
 inline void write(void* p, DType t, int64_t i, double v) {
-  if (p) with_type(t, [&](auto zero) { static_cast<decltype(zero)*>(p)[i] = static_cast<Accumulate<decltype(zero)>>(v); });
+  if (p)
+    with_type(t, [&](auto zero) { static_cast<decltype(zero)*>(p)[i] = static_cast<Accumulate<decltype(zero)>>(v); });
 }
 
 }  // namespace cpu::CPU_CAPABILITY

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch.nn as _torch_nn
 
-from ..batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from . import functional
+from ..batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d  # noqa: F401
+from . import functional  # noqa: F401
 
 __all__ = sorted(
     {name for name in dir(_torch_nn) if not name.startswith("_")}

@@ -1,0 +1,202 @@
+"""Offset and extreme inputs, and results that do not depend on threads, runs or the rest of the batch."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DTYPES, LAYOUTS, to_layout
+from oracle import Arguments, check, error, evaluate, oracle
+from test_batch_norm import by_fastnorm, by_torch, check_case, make
+
+import fastnorm
+from fastnorm.functional import batch_norm
+
+OFFSETS = [(0, 1), (-1, 1), (-100, 1), (-1e4, 1), (-1e5, 1), (1e4, 0.1), (1e6, 1)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mean, std", OFFSETS)
+def test_error_does_not_grow_with_the_mean(backend, mean, std, layout):
+    """Normalised outputs within 2e-5, gradients within 2e-4 of their largest entry, in float32."""
+    for shape in [(4, 6, 5, 5)] if backend.small else [(32, 6, 28, 28), (8, 64, 14, 14), (64, 100), (2, 3, 90, 90)]:
+        for activation, affine in ((None, False), ("silu", True)):
+            a = make(
+                shape,
+                torch.float32,
+                layout,
+                activation,
+                affine,
+                True,
+                backend.device,
+                affine=affine,
+                mean=mean,
+                std=std,
+            )
+            ours, exact = evaluate(by_fastnorm, a), oracle(a)
+            scale = 1 if activation is None else exact.y.abs().max()
+            assert ((ours.y.cpu() - exact.y).abs().max() / scale) < 2e-5
+            for name, g in ours.gradients.items():
+                assert error(g, exact.gradients[name]) < 2e-4, name
+            assert error(ours.running_mean, exact.running_mean) < 1e-6
+            assert error(ours.running_var, exact.running_var) < 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mean, std", OFFSETS[3:])
+def test_second_derivatives_of_offset_inputs(mean, std, layout):
+    a = make((6, 4, 5, 5), torch.float32, layout, "silu", mean=mean, std=std)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        x, w = a.x.to(dtype).requires_grad_(), a.weight.to(dtype).requires_grad_()
+        y = batch_norm(x, None, None, w, None, True, activation="silu")
+        (dx,) = torch.autograd.grad((y * a.dy.to(dtype)).sum(), x, create_graph=True)
+        results.append(torch.autograd.grad((dx * a.dy.to(dtype)).sum(), [x, w]))
+    for ours, exact in zip(*results, strict=True):
+        assert error(ours, exact) < 2e-4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("first", [0.0, 1e4])
+def test_an_outlier_where_the_shift_is_taken(backend, layout, first):
+    """The shifted sums start from the first values: those far from all others must not spoil the rest."""
+    a = make((4, 3, 9, 9), torch.float32, layout, device=backend.device)
+    a.x[0, :, 0, 0] = first
+    ours, exact = evaluate(by_fastnorm, a), oracle(a)
+    assert error(ours.y, exact.y) < 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6, 1e15, 1e25, 1e30])
+def test_huge_and_tiny_values(backend, layout, scale):
+    """Squares of 1e25 overflow float32, the variance's reciprocal root does not."""
+    a = make((4, 6, 5, 5), torch.float32, layout, device=backend.device, mean=0, std=1)
+    a.x, a.running_mean, a.running_var = a.x * scale, None, None
+    exact = oracle(a)
+    assert error(evaluate(by_fastnorm, a).y, exact.y) < 1e-5
+
+
+def test_constant_channels(backend):
+    for layout, value in itertools.product(LAYOUTS, (0.0, 3.0, -1e6)):
+        x = to_layout(torch.full((4, 6, 5, 5), value, device=backend.device), layout)
+        y = batch_norm(x, None, None, training=True)
+        assert y.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_inf_stay_in_their_channel(backend, layout, value):
+    for activation, residual, training in itertools.product((None, "relu", "silu"), (False, True), (True, False)):
+        a = make((4, 6, 5, 5), torch.float32, layout, activation, residual, training, backend.device)
+        a.x[1, 2, 3, 3] = value
+        ours, theirs = evaluate(by_fastnorm, a), evaluate(by_torch, a)
+        assert torch.equal(ours.y.isnan(), theirs.y.isnan()) and torch.equal(ours.y.isinf(), theirs.y.isinf())
+        for name in ("x", "weight", "bias", "residual"):
+            if name in ours.gradients:
+                good = [0, 1, 3, 4, 5]
+                g = ours.gradients[name]
+                assert torch.isfinite(g[good] if g.dim() == 1 else g[:, good]).all(), name
+        if training:
+            for name in ("running_mean", "running_var"):
+                assert torch.equal(getattr(ours, name).isfinite(), getattr(theirs, name).isfinite()), name
+        good = [0, 2, 3] if not training else []
+        torch.testing.assert_close(ours.y[good], theirs.y[good], rtol=1e-5, atol=1e-5)
+
+
+def test_nan_in_residual_parameters_and_gradient(backend):
+    for name in ("residual", "weight", "bias", "dy"):
+        a = make((4, 6, 5, 5), torch.float32, "planes", "relu", True, True, backend.device)
+        getattr(a, name).view(-1)[3] = float("nan")
+        ours, theirs = evaluate(by_fastnorm, a), evaluate(by_torch, a)
+        for n, t in ours.tensors().items():
+            assert torch.equal(t.isnan(), theirs.tensors()[n].isnan()), (name, n)
+
+
+# ---- Bitwise reproducible --------------------------------------------------------------------------------------------
+
+# More and fewer channels than 4 * threads, and rows of several chunks.
+THREADED = [
+    (8, 3, 60, 60),
+    (16, 6, 28, 28),
+    (4, 64, 20, 20),
+    (2, 2, 300, 300),
+    (700, 130),
+    (3, 40, 41, 43),
+    (1, 5, 70001),
+]
+
+
+@pytest.mark.parametrize("shape", THREADED, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_threads_and_runs_do_not_matter(shape, layout, threads):
+    if layout == "channels_last" and len(shape) != 4:
+        return
+    for dtype, training in ((torch.float32, True), (torch.bfloat16, True), (torch.float32, False)):
+        a = make(shape, dtype, layout, "silu", True, training)
+        results = []
+        for count in (1, 2, 3, 5, 5, 1):
+            threads(count)
+            results.append(evaluate(by_fastnorm, a).tensors())
+        for other in results[1:]:
+            assert all(torch.equal(t, other[name]) for name, t in results[0].items())
+        threads(2)
+        check(evaluate(by_fastnorm, a), evaluate(by_torch, a), oracle(a))
+
+
+def test_runs_and_schedules_do_not_matter(backend):
+    if backend.name == "cuda_emulation":
+        from cuda_emulator import SCHEDULES, configure
+
+        settings = [lambda s=s, b=b: configure(schedule=s, blocks_at_once=b, seed=b) for s in SCHEDULES for b in (1, 3)]
+    else:
+        settings = [lambda: None] * 3
+    for shape, layout in itertools.product([(3, 5, 9, 7), (40, 9), (2, 2, 40, 40)], LAYOUTS):
+        a = make(shape, torch.float32, layout, "relu", True, True, backend.device)
+        results = []
+        for setting in settings:
+            setting()
+            results.append(evaluate(by_fastnorm, a).tensors())
+        for other in results[1:]:
+            assert all(torch.equal(t, other[name]) for name, t in results[0].items())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sample_does_not_depend_on_its_batch_in_evaluation(backend, layout):
+    n = 3 if backend.small else 40
+    for dtype, activation in itertools.product((torch.float32, torch.bfloat16), (None, "relu", "gelu")):
+        a = make((n, 6, 9, 7), dtype, layout, activation, True, False, backend.device)
+        whole = by_fastnorm(a)
+        for i in (0, n - 1):
+            one = Arguments(**{**a.__dict__, "x": a.x[i : i + 1], "residual": a.residual[i : i + 1]})
+            assert torch.equal(by_fastnorm(one)[0], whole[i])
+
+
+# ---- The instruction sets, each in a process of its own --------------------------------------------------------------
+
+
+def compact_selection():
+    for dtype, layout, activation, residual, training in itertools.product(
+        DTYPES, LAYOUTS, (None, "relu", "gelu"), (False, True), (True, False)
+    ):
+        check_case(make((3, 7, 5, 9), dtype, layout, activation, residual, training))
+    for shape in [(4, 3, 33, 31), (9, 70), (2, 65, 3, 3)]:
+        check_case(make(shape, torch.float32, "channels_last", "leaky_relu", True))
+    print(fastnorm.info()["cpu_isa"])
+
+
+def supported(isa):
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return {"default": "", "avx2": " avx2 ", "avx512": " avx512f "}[isa] in flags
+
+
+@pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
+def test_every_instruction_set(isa, subprocess_environment):
+    if isa != "default" and not supported(isa):
+        pytest.skip(f"this processor has no {isa}")
+    command = [sys.executable, "-c", "import test_batch_norm_accuracy as t; t.compact_selection()"]
+    environment = subprocess_environment | {"ATEN_CPU_CAPABILITY": isa}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.split()[-1] == isa.upper()
