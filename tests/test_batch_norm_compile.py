@@ -37,8 +37,10 @@ def run_both(backend, dynamic, training, activation="relu", layout="planes", **a
         torch.testing.assert_close(y, z, rtol=1e-4, atol=1e-4)
         y.square().sum().backward()
         z.square().sum().backward()
+    # The convolution's bias cancels in the norm: what is left of its gradient is rounding of far larger terms.
+    scale = max(p.grad.abs().max().item() for p in blocks[1].parameters())
     for p, q in zip(blocks[0].parameters(), blocks[1].parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5 * scale)
     torch.testing.assert_close(dict(blocks[0].state_dict()), dict(blocks[1].state_dict()))
     if training and arguments.get("track_running_stats", True):
         assert blocks[0].first.num_batches_tracked == len(batches)
