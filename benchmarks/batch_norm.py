@@ -111,7 +111,7 @@ def _call_cases(device, dtype_name, against) -> Iterator[Case]:
     """What a call costs beside the work: modules on a tiny tensor."""
     dtype = getattr(torch, dtype_name)
     x = torch.randn(4, 8, device=device, dtype=dtype)
-    grad = x.clone().requires_grad_()
+    grad, dy = x.clone().requires_grad_(), torch.randn_like(x)
     ours, theirs = (m(8, device=device, dtype=dtype) for m in (fastnorm.BatchNorm1d, torch.nn.BatchNorm1d))
     target = torch.empty_like(x)
     size = x.numel() * x.element_size()
@@ -128,4 +128,4 @@ def _call_cases(device, dtype_name, against) -> Iterator[Case]:
             return module(x)
 
     yield case("module call, forward", 2, forward)
-    yield case("module call, forward + backward", 5, lambda m: torch.autograd.grad(m(grad).sum(), grad))
+    yield case("module call, forward + backward", 5, lambda m: torch.autograd.grad(m(grad), grad, dy))
