@@ -1,7 +1,6 @@
-// The extension module: importing it registers the operators; its functions say what was built.
+// The extension module: importing it registers the operators; isa() says which CPU kernels run.
 #include <ATen/Version.h>
 #include <pybind11/pybind11.h>
-#include <torch/version.h>
 
 #include <string>
 
@@ -29,11 +28,4 @@ PYBIND11_MODULE(_C, m) {
     return std::string("DEFAULT");
 #endif
   });
-#ifdef FASTNORM_CUDA
-  m.attr("cuda_archs") = FASTNORM_CUDA_ARCHS;
-#else
-  m.attr("cuda_archs") = "";
-#endif
-  m.attr("torch_version") = TORCH_VERSION;
-  m.attr("compiler") = __VERSION__;
 }

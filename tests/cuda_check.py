@@ -134,7 +134,7 @@ def compile_host(nvcc: str, source: Path) -> dict[str, Kernel]:
     includes = [*cpp_extension.include_paths(), pybind11.get_include(), sysconfig.get_path("include")]
     includes += [str(p) for p in Path(find_tool("ptxas", nvcc)).parents[1].glob("include")]
     flags = ["-std=c++20", "-fsyntax-only", "-Wall", "-Werror", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}"]
-    flags += ["-DFASTNORM_CUDA", '-DFASTNORM_CUDA_ARCHS=""']
+    flags += ["-DFASTNORM_CUDA"]
     flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
     if torch.version.cuda is None:
         flags.append("-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE")  # a header that only a torch for CUDA has

@@ -114,6 +114,15 @@ def test_nan_in_residual_parameters_and_gradient(backend):
             assert torch.equal(t.isnan(), theirs.tensors()[n].isnan()), (name, n)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(8, 64, 64, 64), (9, 60, 64, 64), (3, 40, 150, 151)], ids=str)
+def test_outputs_larger_than_the_caches(shape, layout, threads):
+    """They reach memory another way; the last two end amid a chunk of rows, or have planes off any cache line."""
+    for count, training in ((1, True), (3, True), (2, False)):
+        threads(count)
+        check_case(make(shape, torch.float32, layout, "relu", True, training))
+
+
 # ---- Bitwise reproducible --------------------------------------------------------------------------------------------
 
 # More and fewer channels than 4 * threads, and rows of several chunks.

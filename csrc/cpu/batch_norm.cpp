@@ -8,8 +8,8 @@
 // Backward is the same twice: sums of dz and dz * (x - mean) per channel, then dx.
 #include "../batch_norm.h"
 
-#include "huge_pages.h"
 #include "moments.h"
+#include "output.h"
 #include "parallel.h"
 #include "vector.h"
 
@@ -98,19 +98,19 @@ inline uint32_t slope_bits(Activation activation, Pack<A> z) {
 // y = activation((x - mean) * scale + shift + residual) over len elements from `at` on; mask: their bits.
 template <class T, Kind kind, bool kResidual, class Coefficients>
 inline void normalize(const BatchNormForward& a, const Coefficients c, int64_t at, int64_t len, uint8_t* mask,
-                      int64_t read_ahead, int64_t write_ahead) {
+                      int64_t read_ahead, int64_t write_ahead, bool streaming) {
   const T* const x = static_cast<const T*>(a.x) + at;
   const T* const residual = static_cast<const T*>(a.residual) + at;
   T* const y = static_cast<T*>(a.y) + at;
   for_packs<T>(len, [&](int64_t i, auto count, auto again) {
     if (read_ahead) prefetch(x + i + read_ahead);
     if (kResidual && read_ahead) prefetch(residual + i + read_ahead);
-    prefetch<T, true>(y + i + write_ahead);
+    if (!streaming) prefetch<T, true>(y + i + write_ahead);
     auto z = fmadd(load(x + i, count) - c.get(kMean, i), c.get(kScale, i), c.get(kShift, i));
     if constexpr (kResidual) z = z + load(residual + i, count);
     if constexpr (kResidual && kind != Kind::kNone)
       if (mask) store_bits(mask, i, slope_bits<kind>(a.activation, z), count, again);
-    store(y + i, apply<kind>(a, z), count);
+    store_output(y + i, apply<kind>(a, z), count, again, streaming);
   });
 }
 
@@ -118,9 +118,9 @@ inline void normalize(const BatchNormForward& a, const Coefficients c, int64_t a
 
 template <class T, Kind kind, bool kResidual>
 void forward_plane(const BatchNormForward& a, const Uniform<Accumulate<T>>& coefficients, int64_t plane,
-                   int64_t write_ahead) {
+                   int64_t write_ahead, bool streaming) {
   uint8_t* const mask = a.mask ? a.mask + plane * ((a.hw + 7) / 8) : nullptr;
-  normalize<T, kind, kResidual>(a, coefficients, plane * a.hw, a.hw, mask, 0, write_ahead);
+  normalize<T, kind, kResidual>(a, coefficients, plane * a.hw, a.hw, mask, 0, write_ahead, streaming);
 }
 
 // Merges segment j of `channels` channels from c on into their moments.
@@ -143,10 +143,16 @@ void add_segment(const BatchNormForward& a, const Segments& segments, int64_t c,
   });
 }
 
+bool streams_forward(const BatchNormForward& a, int64_t run) {
+  const int64_t size = size_of(a.dtype), touched = (a.residual ? 3 : 2) * a.n * a.c * a.hw * size;
+  return streams(a.y, run * size, touched);
+}
+
 template <class T, Kind kind, bool kResidual>
 void forward_planes(const BatchNormForward& a) {
   using A = Accumulate<T>;
   const int64_t stride = a.c * a.hw;
+  const bool streaming = streams_forward(a, a.hw);
   if (!a.training) {
     auto* const channels = static_cast<Channel<A>*>(a.workspace);
     for (int64_t c = 0; c < a.c; c++) channels[c] = finish_forward<A>(a, c, nullptr);
@@ -154,7 +160,7 @@ void forward_planes(const BatchNormForward& a) {
     parallel(a.threads, [&](Team team) {
       team.for_each((planes + step - 1) / step, [&](int64_t block) {
         for (int64_t p = block * step, c = p % a.c; p < std::min(planes, (block + 1) * step); p++) {
-          forward_plane<T, kind, kResidual>(a, Uniform<A>(channels[c]), p, 0);
+          forward_plane<T, kind, kResidual>(a, Uniform<A>(channels[c]), p, 0, streaming);
           c = c + 1 == a.c ? 0 : c + 1;
         }
       });
@@ -178,7 +184,8 @@ void forward_planes(const BatchNormForward& a) {
         // Backwards: the planes read last are the hottest.
         for (int64_t n = a.n - 1; n >= 0; n--)
           for (int64_t k = 0; k < channels; k++)
-            forward_plane<T, kind, kResidual>(a, Uniform<A>(coefficients[k]), n * a.c + first + k, n ? -stride : 0);
+            forward_plane<T, kind, kResidual>(a, Uniform<A>(coefficients[k]), n * a.c + first + k, n ? -stride : 0,
+                                              streaming);
       });
     });
     return;
@@ -198,7 +205,7 @@ void forward_planes(const BatchNormForward& a) {
     });
     team.for_each(a.n * a.c, [&](int64_t i) {
       const int64_t plane = a.n * a.c - 1 - i;
-      forward_plane<T, kind, kResidual>(a, Uniform<A>(channels[plane % a.c]), plane, 0);
+      forward_plane<T, kind, kResidual>(a, Uniform<A>(channels[plane % a.c]), plane, 0, streaming);
     });
   });
 }
@@ -314,6 +321,7 @@ void forward_rows(const BatchNormForward& a) {
   const RowsWorkspace<T> work(rows, a.workspace);
   const PerColumn<A> coefficients{work.coefficients, rows.padded()};
   const T* const x = static_cast<const T*>(a.x);
+  const bool streaming = streams_forward(a, rows.columns);
   parallel(a.threads, [&](Team team) {
     if (a.training)
       team.for_each(rows.chunks, [&](int64_t i) {
@@ -345,7 +353,7 @@ void forward_rows(const BatchNormForward& a) {
       const int64_t i = rows.chunks - 1 - j;
       for (int64_t at = i * rows.chunk; at < rows.chunk_end(i); at += rows.columns)
         normalize<T, kind, kResidual>(a, coefficients, at, std::min(rows.columns, rows.total - at),
-                                      a.mask ? a.mask + at / 8 : nullptr, kRowsReadAhead, kRowsReadAhead);
+                                      a.mask ? a.mask + at / 8 : nullptr, kRowsReadAhead, kRowsReadAhead, streaming);
     });
   });
 }
@@ -398,7 +406,7 @@ inline void write_frozen(const BatchNormBackward& a, const Coefficients& c, cons
 // dx and dresidual of len elements from `at` on.
 template <class T, Slope slope, class Coefficients>
 inline void backward_span(const BatchNormBackward& a, const Coefficients c, int64_t at, int64_t len,
-                          const uint8_t* mask, int64_t read_ahead, int64_t write_ahead) {
+                          const uint8_t* mask, int64_t read_ahead, int64_t write_ahead, bool streaming) {
   T *const dx = static_cast<T*>(a.dx), *const dresidual = static_cast<T*>(a.dresidual);
   for_packs<T>(len, [&](int64_t i, auto count, auto again) {
     if (read_ahead) {
@@ -407,13 +415,13 @@ inline void backward_span(const BatchNormBackward& a, const Coefficients c, int6
     }
     const Gradient<T, slope, Coefficients> g(a, c, at + i, i, mask, count, again);
     if (dresidual) {
-      prefetch<T, true>(dresidual + at + i + write_ahead);
-      store(dresidual + at + i, g.dz, count);
+      if (!streaming) prefetch<T, true>(dresidual + at + i + write_ahead);
+      store_output(dresidual + at + i, g.dz, count, again, streaming);
     }
     if (dx) {
-      prefetch<T, true>(dx + at + i + write_ahead);
+      if (!streaming) prefetch<T, true>(dx + at + i + write_ahead);
       const auto inner = g.dz - fmadd(g.centered, c.get(kSlope, i), c.get(kOffset, i));
-      store(dx + at + i, inner * c.get(kScale, i), count);
+      store_output(dx + at + i, inner * c.get(kScale, i), count, again, streaming);
     }
   });
 }
@@ -482,6 +490,12 @@ void add_segment(const BatchNormBackward& a, const Segments& segments, const Cha
   });
 }
 
+bool streams_backward(const BatchNormBackward& a, int64_t run) {
+  const int64_t size = size_of(a.dtype),
+                touched = (2 + (a.dx != nullptr) + (a.dresidual != nullptr)) * a.n * a.c * a.hw * size;
+  return streams(a.dx, run * size, touched) && streams(a.dresidual, run * size, touched);
+}
+
 template <class T, Slope slope>
 void backward_planes(const BatchNormBackward& a) {
   using A = Accumulate<T>;
@@ -490,11 +504,11 @@ void backward_planes(const BatchNormBackward& a) {
     a.training ? add_segment<T, slope, false>(a, segments, coefficients, c, channels, j, sums)
                : add_segment<T, slope, true>(a, segments, coefficients, c, channels, j, sums);
   };
+  const bool second_pass = a.training && (a.dx || a.dresidual), streaming = streams_backward(a, a.hw);
   auto plane_gradient = [&](const Uniform<A>& coefficients, int64_t plane, int64_t write_ahead) {
     const uint8_t* const mask = a.mask ? a.mask + plane * ((a.hw + 7) / 8) : nullptr;
-    backward_span<T, slope>(a, coefficients, plane * a.hw, a.hw, mask, 0, write_ahead);
+    backward_span<T, slope>(a, coefficients, plane * a.hw, a.hw, mask, 0, write_ahead, streaming);
   };
-  const bool second_pass = a.training && (a.dx || a.dresidual);
   if (a.threads == 1 || a.c >= 4 * a.threads) {
     const int64_t group = channel_group(a.n, a.c, a.hw, 2 * sizeof(T), a.threads);
     parallel(a.threads, [&](Team team) {
@@ -576,6 +590,7 @@ void backward_rows(const BatchNormBackward& a) {
   const Rows<T> rows(a.n * a.hw, a.c);
   const RowsWorkspace<T> work(rows, a.workspace);
   const PerColumn<A> coefficients{work.coefficients, rows.padded()};
+  const bool streaming = streams_backward(a, rows.columns);
   parallel(a.threads, [&](Team team) {
     team.for_each(rows.channel_blocks(), [&](int64_t block) {
       rows.visit_channels(block, [&](int64_t first, int64_t last) {
@@ -602,7 +617,7 @@ void backward_rows(const BatchNormBackward& a) {
       const int64_t i = rows.chunks - 1 - j;
       for (int64_t at = i * rows.chunk; at < rows.chunk_end(i); at += rows.columns)
         backward_span<T, slope>(a, coefficients, at, std::min(rows.columns, rows.total - at),
-                                a.mask ? a.mask + at / 8 : nullptr, kRowsReadAhead, kRowsReadAhead);
+                                a.mask ? a.mask + at / 8 : nullptr, kRowsReadAhead, kRowsReadAhead, streaming);
     });
   });
 }

@@ -6,6 +6,8 @@
 #include <omp.h>
 #endif
 
+#include "output.h"
+
 namespace fastnorm::cpu::CPU_CAPABILITY {
 
 struct Team {
@@ -23,17 +25,21 @@ struct Team {
   }
 };
 
-// body(team) on every thread of a team.
+// body(team) on every thread of a team, and what it streamed to memory is there for all.
 template <class F>
 inline void parallel(int threads, F body) {
 #ifdef _OPENMP
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
-    body(Team{omp_get_thread_num(), omp_get_num_threads()});
+    {
+      body(Team{omp_get_thread_num(), omp_get_num_threads()});
+      finish_streaming();
+    }
     return;
   }
 #endif
   body(Team{0, 1});
+  finish_streaming();
 }
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

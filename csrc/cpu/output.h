@@ -1,0 +1,72 @@
+// How large outputs get to memory: on huge pages, and past the caches.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "vector.h"
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace fastnorm::cpu::CPU_CAPABILITY {
+
+// Fresh memory costs a page fault per 4 KB, which takes longer than the kernels do.  For memory that is about to be
+// written whole; what is mapped already is not affected.  Null is allowed.
+inline void prefer_huge_pages(void* p, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  if (!p || bytes < kHugePage) return;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(p);
+  const uintptr_t begin = (data + kHugePage - 1) / kHugePage * kHugePage, end = (data + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: it may fail
+#endif
+}
+
+// What an operator may touch and still leave its output in the last-level cache.  Measured on a core complex with 32
+// MB; what processors report is of little use here, as it may be the sum over a socket or none of this core's.
+constexpr int64_t kCached = 20 << 20;
+
+// Whether an output is written by streaming stores: they save reading each line first and leave the caches to what is
+// still needed, but whoever reads the output next finds nothing there.  So only where all that the operator touches is
+// larger than the caches anyway, and every run of the output begins with a cache line.
+inline bool streams(const void* output, int64_t run_bytes, int64_t touched_bytes) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  return reinterpret_cast<uintptr_t>(output) % 64 == 0 && run_bytes % 64 == 0 && touched_bytes > kCached;
+#else
+  return false;
+#endif
+}
+
+// A pack as for_packs() gives it, by streaming stores where that is asked for and possible.
+template <class T, class Count, class Again>
+inline void store_output(T* p, Pack<Accumulate<T>> v, Count count, Again, bool streaming) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  if constexpr (!std::is_same_v<Count, int64_t> && std::is_same_v<Again, Zero>) {
+    if (streaming) {
+      alignas(64) T line[kLanes<T>];  // stays in registers
+      store(line, v, count);
+      constexpr int64_t kStep = at::vec::Vectorized<float>::size() * sizeof(float);
+      for (int64_t byte = 0; byte < int64_t(sizeof(line)); byte += kStep) {
+        const auto* const from = reinterpret_cast<const char*>(line) + byte;
+        auto* const to = reinterpret_cast<char*>(p) + byte;
+#ifdef CPU_CAPABILITY_AVX512
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_load_si512(from));
+#else
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_load_si256(reinterpret_cast<const __m256i*>(from)));
+#endif
+      }
+      return;
+    }
+  }
+#endif
+  store(p, v, count);
+}
+
+// Before other threads may read what was streamed.
+inline void finish_streaming() {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace fastnorm::cpu::CPU_CAPABILITY
