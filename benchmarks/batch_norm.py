@@ -104,6 +104,7 @@ def _shape_cases(shape, device, dtype_name, layout, against, quick) -> Iterator[
     yield case("backward", 3, backward(None, None, False))
     # relu's slope at |z| ~ 1e-6 is decided by rounding, so a few gradients differ rightly: torch computes z once more.
     yield case("backward + residual + relu", 4, backward("relu", residual, False))
+    yield case("both + relu", 5, backward("relu", None, True))
     yield case("both + residual + relu", 7, backward("relu", residual, True))
 
 

@@ -105,7 +105,7 @@ inline void normalize(const BatchNormForward& a, const Coefficients c, int64_t a
   for_packs<T>(len, [&](int64_t i, auto count, auto again) {
     if (read_ahead) prefetch(x + i + read_ahead);
     if (kResidual && read_ahead) prefetch(residual + i + read_ahead);
-    if (!streaming) prefetch<T, true>(y + i + write_ahead);
+    if (write_ahead && !streaming) prefetch<T, true>(y + i + write_ahead);
     auto z = fmadd(load(x + i, count) - c.get(kMean, i), c.get(kScale, i), c.get(kShift, i));
     if constexpr (kResidual) z = z + load(residual + i, count);
     if constexpr (kResidual && kind != Kind::kNone)
