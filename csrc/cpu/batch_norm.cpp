@@ -116,6 +116,8 @@ inline void normalize(const BatchNormForward& a, const Coefficients c, int64_t a
 
 // ---- Forward --------------------------------------------------------------------------------------------------------
 
+constexpr int64_t kWriteAhead = 512;  // elements, where planes follow each other in memory
+
 template <class T, Kind kind, bool kResidual>
 void forward_plane(const BatchNormForward& a, const Uniform<Accumulate<T>>& coefficients, int64_t plane,
                    int64_t write_ahead, bool streaming) {
@@ -160,7 +162,7 @@ void forward_planes(const BatchNormForward& a) {
     parallel(a.threads, [&](Team team) {
       team.for_each((planes + step - 1) / step, [&](int64_t block) {
         for (int64_t p = block * step, c = p % a.c; p < std::min(planes, (block + 1) * step); p++) {
-          forward_plane<T, kind, kResidual>(a, Uniform<A>(channels[c]), p, 0, streaming);
+          forward_plane<T, kind, kResidual>(a, Uniform<A>(channels[c]), p, kWriteAhead, streaming);
           c = c + 1 == a.c ? 0 : c + 1;
         }
       });
