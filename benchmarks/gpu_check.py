@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+# The cases of the backend "cuda", not those that need no GPU and run elsewhere on every change.
+CUDA_TESTS = "cuda and not emulat and not faults and not check and not variants"
 # Each variant of the kernels once: a block a channel, several channels a block, clusters, streamed, odd and unaligned.
 SMALL_SHAPES = ((2, 3, 1, 1), (3, 7, 5, 5), (4, 65, 7, 7), (2, 6, 28, 28), (2, 2, 150, 150), (33, 130, 3, 3))
 
