@@ -1,0 +1,312 @@
+// Batch norm backward on the CPU; ../batch_norm.h has the formulas.
+//
+// As forward: the sums of dz and dz * (x - mean) per channel, then dx, a channel at once in planes and two passes in
+// rows. With frozen statistics dx needs no sums and is written in the first pass. Floor: 3 S (S: bytes of x), 4 S with
+// a residual's gradient; rows read x and dy twice where they do not stay in the caches.
+#include "../batch_norm.h"
+#include "batch_norm_rows.h"
+#include "moments.h"
+#include "output.h"
+#include "parallel.h"
+#include "vector.h"
+
+namespace fastnorm::cpu::CPU_CAPABILITY {
+namespace {
+
+// ---- Backward, elementwise ------------------------------------------------------------------------------------------
+
+// How dz comes from dy: as it is, by relu's or any activation's slope at z(x), at z(x) + residual, or by the mask.
+enum class Slope { kOne, kRelu, kGeneral, kGeneralResidual, kMask };
+
+template <class T, Slope slope, class P>
+inline P slope_times(const BatchNormBackward& a, P dy, P z, int64_t at, int64_t i, const uint8_t* mask, auto count,
+                     auto again) {
+  using A = Accumulate<T>;
+  using V = at::vec::Vectorized<A>;
+  const V s(A(a.negative_slope));
+  if constexpr (slope == Slope::kOne) return dy;
+  if constexpr (slope == Slope::kRelu) return select(less_equal(z, P(A(0))), P(A(0)), dy);
+  if constexpr (slope == Slope::kMask) {
+    const P other = a.activation == Activation::kLeakyRelu ? dy * P(A(a.negative_slope)) : P(A(0));
+    return select_bits(load_bits(mask, i, count, again), dy, other);
+  }
+  if constexpr (slope == Slope::kGeneralResidual) z = z + load(static_cast<const T*>(a.residual) + at, count);
+  return {dy.a * activation_gradient(a.activation, z.a, s), dy.b * activation_gradient(a.activation, z.b, s)};
+}
+
+// dz and x - mean of a pack at element `at`, which is the i-th of its span; mask: the span's bits.
+template <class T, Slope slope, class Coefficients>
+struct Gradient {
+  using P = Pack<Accumulate<T>>;
+  P dz, centered;
+
+  Gradient(const BatchNormBackward& a, const Coefficients& c, int64_t at, int64_t i, const uint8_t* mask, auto count,
+           auto again) {
+    centered = load(static_cast<const T*>(a.x) + at, count) - c.get(kMean, i);
+    P z = centered;
+    if constexpr (slope == Slope::kRelu || slope == Slope::kGeneral || slope == Slope::kGeneralResidual)
+      z = fmadd(centered, c.get(kScale, i), c.get(kShift, i));
+    dz = slope_times<T, slope>(a, load(static_cast<const T*>(a.dy) + at, count), z, at, i, mask, count, again);
+  }
+};
+
+// Frozen statistics: dx = dz * scale needs no sums, so it is written while they are taken.
+template <class T, Slope slope, class Coefficients>
+inline void write_frozen(const BatchNormBackward& a, const Coefficients& c, const Gradient<T, slope, Coefficients>& g,
+                         int64_t at, int64_t i, auto count) {
+  if (a.dx) store(static_cast<T*>(a.dx) + at, g.dz * c.get(kScale, i), count);
+  if (a.dresidual) store(static_cast<T*>(a.dresidual) + at, g.dz, count);
+}
+
+// dx and dresidual of len elements from `at` on.
+template <class T, Slope slope, class Coefficients>
+inline void backward_span(const BatchNormBackward& a, const Coefficients c, int64_t at, int64_t len,
+                          const uint8_t* mask, int64_t read_ahead, int64_t write_ahead, bool streaming) {
+  T *const dx = static_cast<T*>(a.dx), *const dresidual = static_cast<T*>(a.dresidual);
+  for_packs<T>(len, [&](int64_t i, auto count, auto again) {
+    if (read_ahead) {
+      prefetch(static_cast<const T*>(a.x) + at + i + read_ahead);
+      prefetch(static_cast<const T*>(a.dy) + at + i + read_ahead);
+    }
+    const Gradient<T, slope, Coefficients> g(a, c, at + i, i, mask, count, again);
+    if (dresidual) {
+      if (!streaming) prefetch<T, true>(dresidual + at + i + write_ahead);
+      store_output(dresidual + at + i, g.dz, count, again, streaming);
+    }
+    if (dx) {
+      if (!streaming) prefetch<T, true>(dx + at + i + write_ahead);
+      const auto inner = g.dz - fmadd(g.centered, c.get(kSlope, i), c.get(kOffset, i));
+      store_output(dx + at + i, inner * c.get(kScale, i), count, again, streaming);
+    }
+  });
+}
+
+// ---- Backward -------------------------------------------------------------------------------------------------------
+
+template <class A>
+Channel<A> start_backward(const BatchNormBackward& a, int64_t c) {
+  const A* const stats = static_cast<const A*>(a.stats);
+  return Channel<A>(stats[c], stats[a.c + c], stats[2 * a.c + c], read(a.weight, a.param_dtype, c, 1),
+                    read(a.bias, a.param_dtype, c, 0));
+}
+
+struct Sums {
+  double dz = 0, dz_centered = 0;  // centered: x - mean, where mean lacks its low word
+
+  void add(const Sums& o) { dz += o.dz, dz_centered += o.dz_centered; }
+};
+
+template <class A>
+Channel<A> finish_backward(const BatchNormBackward& a, int64_t c, const Sums& sums) {
+  const A* const stats = static_cast<const A*>(a.stats);
+  const double low = double(stats[a.c + c]), rstd = double(stats[2 * a.c + c]);
+  const double sum_dz_xhat = (sums.dz_centered - low * sums.dz) * rstd, n = double(a.n) * double(a.hw);
+  write(a.dweight, a.param_dtype, c, sum_dz_xhat);
+  write(a.dbias, a.param_dtype, c, sums.dz);
+  Channel<A> channel = start_backward<A>(a, c);
+  if (a.training) {
+    const double slope = sum_dz_xhat / n * rstd;
+    channel.v[kSlope] = A(slope), channel.v[kOffset] = A(sums.dz / n - low * slope);
+  }
+  return channel;
+}
+
+// Adds segment j of `channels` channels from c on to their sums.
+template <class T, Slope slope, bool kFrozen>
+void add_segment(const BatchNormBackward& a, const Segments& segments, const Channel<Accumulate<T>>* coefficients,
+                 int64_t c, int64_t channels, int64_t j, Sums* sums) {
+  using A = Accumulate<T>;
+  using P = Pack<A>;
+  segments.visit(j, [&](int64_t first, int64_t planes, int64_t offset, int64_t len) {
+    const int64_t stride = a.c * a.hw;
+    const P lanes = new_lanes<T>(len);
+    P sum[kMaxGroup], product[kMaxGroup];
+    for (int64_t k = 0; k < channels; k++) sum[k] = product[k] = P(A(0));
+    for (int64_t n = first; n < first + planes; n++) {
+      const int64_t ahead = offset + len < a.hw ? len
+                            : n + 1 < a.n       ? stride - offset
+                                                : channels * a.hw - n * stride - offset;
+      for (int64_t k = 0; k < channels; k++) {
+        const int64_t plane = n * a.c + c + k, at = plane * a.hw + offset;
+        const uint8_t* const mask = a.mask + (a.mask ? plane * ((a.hw + 7) / 8) + offset / 8 : 0);
+        const Uniform<A> uniform(coefficients[k]);
+        P s = sum[k], p = product[k];
+        for_packs<T>(len, [&](int64_t i, auto count, auto again) {
+          prefetch(static_cast<const T*>(a.x) + at + i + ahead), prefetch(static_cast<const T*>(a.dy) + at + i + ahead);
+          const Gradient<T, slope, Uniform<A>> g(a, uniform, at + i, i, mask, count, again);
+          if constexpr (kFrozen) write_frozen<T, slope>(a, uniform, g, at + i, i, count);
+          const P dz = keep(lanes, g.dz, count, again);
+          s = s + dz, p = fmadd(dz, g.centered, p);
+        });
+        sum[k] = s, product[k] = p;
+      }
+    }
+    for (int64_t k = 0; k < channels; k++) sums[k].add({double(sum[k].sum()), double(product[k].sum())});
+  });
+}
+
+bool streams_backward(const BatchNormBackward& a, int64_t run) {
+  const int64_t size = size_of(a.dtype),
+                touched = (2 + (a.dx != nullptr) + (a.dresidual != nullptr)) * a.n * a.c * a.hw * size;
+  return streams(a.dx, run * size, touched) && streams(a.dresidual, run * size, touched);
+}
+
+template <class T, Slope slope>
+void backward_planes(const BatchNormBackward& a) {
+  using A = Accumulate<T>;
+  const Segments segments(a.n, a.hw);
+  auto add = [&](const Channel<A>* coefficients, int64_t c, int64_t channels, int64_t j, Sums* sums) {
+    a.training ? add_segment<T, slope, false>(a, segments, coefficients, c, channels, j, sums)
+               : add_segment<T, slope, true>(a, segments, coefficients, c, channels, j, sums);
+  };
+  const bool second_pass = a.training && (a.dx || a.dresidual), streaming = streams_backward(a, a.hw);
+  auto plane_gradient = [&](const Uniform<A>& coefficients, int64_t plane, int64_t write_ahead) {
+    const uint8_t* const mask = a.mask ? a.mask + plane * ((a.hw + 7) / 8) : nullptr;
+    backward_span<T, slope>(a, coefficients, plane * a.hw, a.hw, mask, 0, write_ahead, streaming);
+  };
+  if (a.threads == 1 || a.c >= 4 * a.threads) {
+    const int64_t group = channel_group(a.n, a.c, a.hw, 2 * sizeof(T), a.threads);
+    parallel(a.threads, [&](Team team) {
+      team.for_each((a.c + group - 1) / group, [&](int64_t g) {
+        const int64_t first = g * group, channels = std::min(group, a.c - first);
+        Sums sums[kMaxGroup];
+        Channel<A> coefficients[kMaxGroup];
+        for (int64_t k = 0; k < channels; k++) coefficients[k] = start_backward<A>(a, first + k);
+        for (int64_t j = 0; j < segments.count(); j++) add(coefficients, first, channels, j, sums);
+        for (int64_t k = 0; k < channels; k++) coefficients[k] = finish_backward<A>(a, first + k, sums[k]);
+        for (int64_t n = a.n - 1; second_pass && n >= 0; n--)
+          for (int64_t k = 0; k < channels; k++)
+            plane_gradient(Uniform<A>(coefficients[k]), n * a.c + first + k, n ? -a.c * a.hw : 0);
+      });
+    });
+    return;
+  }
+  auto* const partial = static_cast<Sums*>(a.workspace);  // [c][segments]
+  auto* const channels = reinterpret_cast<Channel<A>*>(partial + a.c * segments.count());
+  parallel(a.threads, [&](Team team) {
+    team.for_each(a.c * segments.count(), [&](int64_t i) {
+      const int64_t c = i / segments.count();
+      const Channel<A> coefficients = start_backward<A>(a, c);
+      partial[i] = Sums{};
+      add(&coefficients, c, 1, i % segments.count(), &partial[i]);
+    });
+    team.for_each(a.c, [&](int64_t c) {
+      Sums sums;
+      for (int64_t j = 0; j < segments.count(); j++) sums.add(partial[c * segments.count() + j]);
+      channels[c] = finish_backward<A>(a, c, sums);
+    });
+    if (second_pass)
+      team.for_each(a.n * a.c, [&](int64_t i) {
+        const int64_t plane = a.n * a.c - 1 - i;
+        plane_gradient(Uniform<A>(channels[plane % a.c]), plane, 0);
+      });
+  });
+}
+
+template <class T, Slope slope, bool kFrozen>
+void chunk_sums(const BatchNormBackward& a, const Rows<T>& rows, const PerColumn<Accumulate<T>>& coefficients,
+                int64_t begin, int64_t end, double* sum_dz, double* sum_dz_centered, Accumulate<T>* s,
+                Accumulate<T>* q) {
+  using A = Accumulate<T>;
+  using G = Gradient<T, slope, PerColumn<A>>;
+  const int64_t columns = rows.columns, c = rows.c;
+  std::fill(sum_dz, sum_dz + c, 0.0), std::fill(sum_dz_centered, sum_dz_centered + c, 0.0);
+  for (int64_t block = begin; block < end; block += kBlockRows * columns) {
+    const int64_t block_end = std::min(end, block + kBlockRows * columns);
+    std::fill(s, s + columns, A(0)), std::fill(q, q + columns, A(0));
+    auto add_rows = [&](int64_t row, int64_t len, auto unroll) {
+      const auto lanes = new_lanes<T>(len);
+      for_packs<T>(len, [&](int64_t i, auto count, auto again) {
+        auto sum = load(s + i, Full<A>()), product = load(q + i, Full<A>());
+        for (int u = 0; u < unroll; u++) {
+          const int64_t at = row + u * columns + i;
+          prefetch(static_cast<const T*>(a.x) + at + 2 * kRowsReadAhead);
+          prefetch(static_cast<const T*>(a.dy) + at + 2 * kRowsReadAhead);
+          const G g(a, coefficients, at, i, a.mask + (a.mask ? (row + u * columns) / 8 : 0), count, again);
+          const auto dz = keep(lanes, g.dz, count, again);
+          sum = sum + dz, product = fmadd(dz, g.centered, product);
+          if constexpr (kFrozen) write_frozen<T, slope>(a, coefficients, g, at, i, count);
+        }
+        store(s + i, sum, Full<A>()), store(q + i, product, Full<A>());
+      });
+    };
+    int64_t row = block;
+    for (; row + 2 * columns <= block_end; row += 2 * columns) add_rows(row, columns, std::integral_constant<int, 2>());
+    for (; row < block_end; row += columns)
+      add_rows(row, std::min(columns, block_end - row), std::integral_constant<int, 1>());
+    for (int64_t i = 0; i < c; i++)
+      for (int64_t j = i; j < columns; j += c) sum_dz[i] += double(s[j]), sum_dz_centered[i] += double(q[j]);
+  }
+}
+
+template <class T, Slope slope>
+void backward_rows(const BatchNormBackward& a) {
+  using A = Accumulate<T>;
+  const Rows<T> rows(a.n * a.hw, a.c);
+  const RowsWorkspace<T> work(rows, a.workspace);
+  const PerColumn<A> coefficients{work.coefficients, rows.padded()};
+  const bool streaming = streams_backward(a, rows.columns);
+  parallel(a.threads, [&](Team team) {
+    team.for_each(rows.channel_blocks(), [&](int64_t block) {
+      rows.visit_channels(block, [&](int64_t first, int64_t last) {
+        for (int64_t c = first; c < last; c++) rows.set(coefficients, c, start_backward<A>(a, c));
+      });
+    });
+    team.for_each(rows.chunks, [&](int64_t i) {
+      const auto sums = a.training ? chunk_sums<T, slope, false> : chunk_sums<T, slope, true>;
+      sums(a, rows, coefficients, i * rows.chunk, rows.chunk_end(i), work.chunk_sums(rows, i, 0),
+           work.chunk_sums(rows, i, 1), work.thread_scratch(team.rank, 0), work.thread_scratch(team.rank, 1));
+    });
+    team.for_each(rows.channel_blocks(), [&](int64_t block) {
+      rows.visit_channels(block, [&](int64_t first, int64_t last) {
+        double *const dz = work.chunk_sums(rows, 0, 0), *const dz_centered = work.chunk_sums(rows, 0, 1);
+        for (int64_t i = 1; i < rows.chunks; i++)
+          for (int64_t c = first; c < last; c++)
+            dz[c] += work.chunk_sums(rows, i, 0)[c], dz_centered[c] += work.chunk_sums(rows, i, 1)[c];
+        for (int64_t c = first; c < last; c++)
+          rows.set(coefficients, c, finish_backward<A>(a, c, Sums{dz[c], dz_centered[c]}));
+      });
+    });
+    if (!a.training || !(a.dx || a.dresidual)) return;
+    team.for_each(rows.chunks, [&](int64_t j) {
+      const int64_t i = rows.chunks - 1 - j;
+      for (int64_t at = i * rows.chunk; at < rows.chunk_end(i); at += rows.columns)
+        backward_span<T, slope>(a, coefficients, at, std::min(rows.columns, rows.total - at),
+                                a.mask ? a.mask + at / 8 : nullptr, kRowsReadAhead, kRowsReadAhead, streaming);
+    });
+  });
+}
+
+template <class T, Slope slope>
+void backward(const BatchNormBackward& a) {
+  a.channels_last ? backward_rows<T, slope>(a) : backward_planes<T, slope>(a);
+}
+
+}  // namespace
+
+size_t batch_norm_backward_workspace(const BatchNormBackward& a) {
+  size_t bytes = 0;
+  with_type(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (a.channels_last)
+      bytes = RowsWorkspace<T>::bytes(Rows<T>(a.n * a.hw, a.c), a.threads);
+    else if (a.threads > 1 && a.c < 4 * a.threads)
+      bytes = a.c * (Segments(a.n, a.hw).count() * sizeof(Sums) + sizeof(Channel<Accumulate<T>>));
+  });
+  return bytes;
+}
+
+void batch_norm_backward(const BatchNormBackward& a) {
+  prefer_huge_pages(a.dx, a.n * a.c * a.hw * size_of(a.dtype));
+  prefer_huge_pages(a.dresidual, a.n * a.c * a.hw * size_of(a.dtype));
+  with_type(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (a.activation == Activation::kNone) return backward<T, Slope::kOne>(a);
+    if (a.mask) return backward<T, Slope::kMask>(a);
+    if (a.residual) return backward<T, Slope::kGeneralResidual>(a);
+    if (a.activation == Activation::kRelu) return backward<T, Slope::kRelu>(a);
+    return backward<T, Slope::kGeneral>(a);
+  });
+}
+
+}  // namespace fastnorm::cpu::CPU_CAPABILITY

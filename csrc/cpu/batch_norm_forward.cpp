@@ -1,0 +1,311 @@
+// Batch norm forward on the CPU; ../batch_norm.h has the formulas.
+//
+// Planes ([n][c][hw]): a channel usually fits the L2 cache, so its statistics are taken and it is normalised at once:
+// one
+//   read and one write of memory.  With too few channels for the threads to share, all statistics come first.
+// Rows (channels_last, [n * hw][c]): two passes, the second one backwards over chunks of 256 KB.  Several short rows
+// are
+//   one wide row whose length is a multiple of a vector, so that no channel count needs a scalar tail.
+// Floor: 2 S (S: bytes of x), 3 S with a residual; rows read x twice where it does not stay in the caches.
+#include "../batch_norm.h"
+#include "batch_norm_rows.h"
+#include "moments.h"
+#include "output.h"
+#include "parallel.h"
+#include "vector.h"
+
+namespace fastnorm::cpu::CPU_CAPABILITY {
+namespace {
+
+template <class A>
+Channel<A> finish_forward(const BatchNormForward& a, int64_t c, const Moments* batch) {
+  double mean, var;
+  if (batch) {
+    mean = batch->mean, var = batch->m2 / batch->n;
+    if (a.running_mean) {
+      const double m = a.cumulative ? 1.0 / double(*a.num_batches_tracked) : a.momentum;
+      const double unbiased = batch->m2 / (batch->n - 1);
+      write(a.running_mean, a.running_dtype, c, m * mean + (1 - m) * read(a.running_mean, a.running_dtype, c, 0));
+      write(a.running_var, a.running_dtype, c, m * unbiased + (1 - m) * read(a.running_var, a.running_dtype, c, 0));
+    }
+  } else {
+    mean = read(a.running_mean, a.running_dtype, c, 0), var = read(a.running_var, a.running_dtype, c, 0);
+  }
+  A* const stats = static_cast<A*>(a.stats);
+  stats[c] = A(mean), stats[a.c + c] = A(mean - double(A(mean))), stats[2 * a.c + c] = A(1 / std::sqrt(var + a.eps));
+  return Channel<A>(stats[c], stats[a.c + c], stats[2 * a.c + c], read(a.weight, a.param_dtype, c, 1),
+                    read(a.bias, a.param_dtype, c, 0));
+}
+
+// ---- Forward, elementwise -------------------------------------------------------------------------------------------
+
+// kRelu apart from the others, which are told apart at run time: what they compute costs more than the branch.
+enum class Kind { kNone, kRelu, kGeneral };
+
+template <Kind kind, class A>
+inline Pack<A> apply(const BatchNormForward& a, Pack<A> z) {
+  using V = at::vec::Vectorized<A>;
+  if constexpr (kind == Kind::kNone) return z;
+  if constexpr (kind == Kind::kRelu) return {Math<V>::relu(z.a), Math<V>::relu(z.b)};
+  const V slope(A(a.negative_slope));
+  return {activate(a.activation, z.a, slope), activate(a.activation, z.b, slope)};
+}
+
+// A bit per lane: whether the slope of the activation at z is 1.
+template <Kind kind, class A>
+inline uint32_t slope_bits(Activation activation, Pack<A> z) {
+  const Pack<A> zero(A(0));
+  if constexpr (kind == Kind::kRelu) return less_equal(z, zero).unset_bits();
+  if (activation == Activation::kRelu6) return (less_equal(z, zero) | less_equal(Pack<A>(A(6)), z)).unset_bits();
+  return ~less(zero, z).unset_bits();
+}
+
+// y = activation((x - mean) * scale + shift + residual) over len elements from `at` on; mask: their bits.
+template <class T, Kind kind, bool kResidual, class Coefficients>
+inline void normalize(const BatchNormForward& a, const Coefficients c, int64_t at, int64_t len, uint8_t* mask,
+                      int64_t read_ahead, int64_t write_ahead, bool streaming) {
+  const T* const x = static_cast<const T*>(a.x) + at;
+  const T* const residual = static_cast<const T*>(a.residual) + at;
+  T* const y = static_cast<T*>(a.y) + at;
+  for_packs<T>(len, [&](int64_t i, auto count, auto again) {
+    if (read_ahead) prefetch(x + i + read_ahead);
+    if (kResidual && read_ahead) prefetch(residual + i + read_ahead);
+    if (write_ahead && !streaming) prefetch<T, true>(y + i + write_ahead);
+    auto z = fmadd(load(x + i, count) - c.get(kMean, i), c.get(kScale, i), c.get(kShift, i));
+    if constexpr (kResidual) z = z + load(residual + i, count);
+    if constexpr (kResidual && kind != Kind::kNone)
+      if (mask) store_bits(mask, i, slope_bits<kind>(a.activation, z), count, again);
+    store_output(y + i, apply<kind>(a, z), count, again, streaming);
+  });
+}
+
+// ---- Forward --------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kWriteAhead = 512;  // elements, where planes follow each other in memory
+
+template <class T, Kind kind, bool kResidual>
+void forward_plane(const BatchNormForward& a, const Uniform<Accumulate<T>>& coefficients, int64_t plane,
+                   int64_t write_ahead, bool streaming) {
+  uint8_t* const mask = a.mask ? a.mask + plane * ((a.hw + 7) / 8) : nullptr;
+  normalize<T, kind, kResidual>(a, coefficients, plane * a.hw, a.hw, mask, 0, write_ahead, streaming);
+}
+
+// Merges segment j of `channels` channels from c on into their moments.
+template <class T>
+void add_segment(const BatchNormForward& a, const Segments& segments, int64_t c, int64_t channels, int64_t j,
+                 Moments* moments) {
+  segments.visit(j, [&](int64_t plane, int64_t planes, int64_t offset, int64_t len) {
+    const T* const x = static_cast<const T*>(a.x) + c * a.hw + offset;
+    const int64_t stride = a.c * a.hw;
+    const auto lanes = new_lanes<T>(len);
+    ShiftedSums<T> sums[kMaxGroup];
+    for (int64_t k = 0; k < channels; k++) sums[k] = ShiftedSums<T>(x + plane * stride + k * a.hw, len);
+    for (int64_t n = plane; n < plane + planes; n++) {
+      const int64_t ahead = offset + len < a.hw ? len
+                            : n + 1 < a.n       ? stride - offset
+                                                : channels * a.hw - n * stride - offset;
+      for (int64_t k = 0; k < channels; k++) sums[k].add(x + n * stride + k * a.hw, len, lanes, ahead);
+    }
+    for (int64_t k = 0; k < channels; k++) moments[k].merge(sums[k].moments(double(planes) * len));
+  });
+}
+
+bool streams_forward(const BatchNormForward& a, int64_t run) {
+  const int64_t size = size_of(a.dtype), touched = (a.residual ? 3 : 2) * a.n * a.c * a.hw * size;
+  return streams(a.y, run * size, touched);
+}
+
+template <class T, Kind kind, bool kResidual>
+void forward_planes(const BatchNormForward& a) {
+  using A = Accumulate<T>;
+  const int64_t stride = a.c * a.hw;
+  const bool streaming = streams_forward(a, a.hw);
+  if (!a.training) {
+    auto* const channels = static_cast<Channel<A>*>(a.workspace);
+    for (int64_t c = 0; c < a.c; c++) channels[c] = finish_forward<A>(a, c, nullptr);
+    const int64_t planes = a.n * a.c, step = std::max<int64_t>(1, 65536 / a.hw);
+    parallel(a.threads, [&](Team team) {
+      team.for_each((planes + step - 1) / step, [&](int64_t block) {
+        for (int64_t p = block * step, c = p % a.c; p < std::min(planes, (block + 1) * step); p++) {
+          forward_plane<T, kind, kResidual>(a, Uniform<A>(channels[c]), p, kWriteAhead, streaming);
+          c = c + 1 == a.c ? 0 : c + 1;
+        }
+      });
+    });
+    return;
+  }
+  const Segments segments(a.n, a.hw);
+  auto finish = [&](int64_t c, Moments m) {
+    if (!m.finite()) m = wide_moments(static_cast<const T*>(a.x) + c * a.hw, a.n, stride, a.hw);
+    return finish_forward<A>(a, c, &m);
+  };
+  if (a.threads == 1 || a.c >= 4 * a.threads) {
+    const int64_t group = channel_group(a.n, a.c, a.hw, sizeof(T), a.threads);
+    parallel(a.threads, [&](Team team) {
+      team.for_each((a.c + group - 1) / group, [&](int64_t g) {
+        const int64_t first = g * group, channels = std::min(group, a.c - first);
+        Moments moments[kMaxGroup];
+        Channel<A> coefficients[kMaxGroup];
+        for (int64_t j = 0; j < segments.count(); j++) add_segment<T>(a, segments, first, channels, j, moments);
+        for (int64_t k = 0; k < channels; k++) coefficients[k] = finish(first + k, moments[k]);
+        // Backwards: the planes read last are the hottest.
+        for (int64_t n = a.n - 1; n >= 0; n--)
+          for (int64_t k = 0; k < channels; k++)
+            forward_plane<T, kind, kResidual>(a, Uniform<A>(coefficients[k]), n * a.c + first + k, n ? -stride : 0,
+                                              streaming);
+      });
+    });
+    return;
+  }
+  auto* const partial = static_cast<Moments*>(a.workspace);  // [c][segments]
+  auto* const channels = reinterpret_cast<Channel<A>*>(partial + a.c * segments.count());
+  parallel(a.threads, [&](Team team) {
+    team.for_each(a.c * segments.count(), [&](int64_t i) {
+      const int64_t c = i / segments.count(), j = i % segments.count();
+      partial[i] = Moments{};
+      add_segment<T>(a, segments, c, 1, j, &partial[i]);
+    });
+    team.for_each(a.c, [&](int64_t c) {
+      Moments m;
+      for (int64_t j = 0; j < segments.count(); j++) m.merge(partial[c * segments.count() + j]);
+      channels[c] = finish(c, m);
+    });
+    team.for_each(a.n * a.c, [&](int64_t i) {
+      const int64_t plane = a.n * a.c - 1 - i;
+      forward_plane<T, kind, kResidual>(a, Uniform<A>(channels[plane % a.c]), plane, 0, streaming);
+    });
+  });
+}
+
+// Mean and m2 of every channel over one chunk.  The shift of a block is its first row.
+template <class T>
+void chunk_moments(const T* x, const Rows<T>& rows, int64_t begin, int64_t end, double* mean, double* m2,
+                   Accumulate<T>* k, Accumulate<T>* s, Accumulate<T>* q) {
+  using A = Accumulate<T>;
+  constexpr int kUnroll = 4;
+  const int64_t columns = rows.columns, c = rows.c;
+  std::fill(mean, mean + c, 0.0), std::fill(m2, m2 + c, 0.0);
+  double seen = 0;
+  for (int64_t block = begin; block < end; block += kBlockRows * columns) {
+    const int64_t block_end = std::min(end, block + kBlockRows * columns);
+    for (int64_t i = 0; i < c; i++) k[i] = A(x[block + i]);
+    for (int64_t i = c; i < columns; i++) k[i] = k[i - c];
+    std::fill(s, s + columns, A(0)), std::fill(q, q + columns, A(0));
+    int64_t row = block;
+    for (; row + kUnroll * columns <= block_end; row += kUnroll * columns) {
+      const auto lanes = new_lanes<T>(columns);
+      for_packs<T>(columns, [&](int64_t i, auto count, auto again) {
+        const auto shift = load(k + i, Full<A>());
+        auto sum = load(s + i, Full<A>()), square = load(q + i, Full<A>());
+        for (int u = 0; u < kUnroll; u++) {
+          const T* const p = x + row + u * columns + i;
+          prefetch(p + kRowsReadAhead * kUnroll);
+          const auto d = keep(lanes, load(p, count) - shift, count, again);
+          sum = sum + d, square = fmadd(d, d, square);
+        }
+        store(s + i, sum, Full<A>()), store(q + i, square, Full<A>());
+      });
+    }
+    for (; row < block_end; row += columns) {
+      const int64_t len = std::min(columns, block_end - row);
+      const auto lanes = new_lanes<T>(len);
+      for_packs<T>(len, [&](int64_t i, auto count, auto again) {
+        const auto d = keep(lanes, load(x + row + i, count) - load(k + i, Full<A>()), count, again);
+        store(s + i, load(s + i, Full<A>()) + d, Full<A>());
+        store(q + i, fmadd(d, d, load(q + i, Full<A>())), Full<A>());
+      });
+    }
+    const double n = double(block_end - block) / c, part = n / (seen + n), inv = 1 / n;
+    for (int64_t i = 0; i < c; i++) {
+      double sum = 0, square = 0;
+      for (int64_t j = i; j < columns; j += c) sum += double(s[j]), square += double(q[j]);
+      const double d = double(k[i]) + sum * inv - mean[i];
+      mean[i] += d * part;
+      m2[i] += std::max(square - sum * sum * inv, 0.0) + d * d * seen * part;
+    }
+    seen += n;
+  }
+}
+
+template <class T, Kind kind, bool kResidual>
+void forward_rows(const BatchNormForward& a) {
+  using A = Accumulate<T>;
+  const Rows<T> rows(a.n * a.hw, a.c);
+  const RowsWorkspace<T> work(rows, a.workspace);
+  const PerColumn<A> coefficients{work.coefficients, rows.padded()};
+  const T* const x = static_cast<const T*>(a.x);
+  const bool streaming = streams_forward(a, rows.columns);
+  parallel(a.threads, [&](Team team) {
+    if (a.training)
+      team.for_each(rows.chunks, [&](int64_t i) {
+        chunk_moments(x, rows, i * rows.chunk, rows.chunk_end(i), work.chunk_sums(rows, i, 0),
+                      work.chunk_sums(rows, i, 1), work.thread_scratch(team.rank, 0), work.thread_scratch(team.rank, 1),
+                      work.thread_scratch(team.rank, 2));
+      });
+    team.for_each(rows.channel_blocks(), [&](int64_t block) {
+      rows.visit_channels(block, [&](int64_t first, int64_t last) {
+        // Merges chunk after chunk into the first one's numbers.
+        double *const mean = work.chunk_sums(rows, 0, 0), *const m2 = work.chunk_sums(rows, 0, 1);
+        for (int64_t i = 1; a.training && i < rows.chunks; i++) {
+          const double n = double(rows.chunk_end(i) - i * rows.chunk), seen = double(i * rows.chunk);
+          const double part = n / (seen + n);
+          const double *const other = work.chunk_sums(rows, i, 0), *const other_m2 = work.chunk_sums(rows, i, 1);
+          for (int64_t c = first; c < last; c++) {
+            const double d = other[c] - mean[c];
+            mean[c] += d * part, m2[c] += other_m2[c] + d * d * (seen / rows.c) * part;
+          }
+        }
+        for (int64_t c = first; c < last; c++) {
+          Moments m{double(a.n * a.hw), a.training ? mean[c] : 0, a.training ? m2[c] : 0};
+          if (!m.finite()) m = wide_moments(x + c, a.n * a.hw, a.c, 1);
+          rows.set(coefficients, c, finish_forward<A>(a, c, a.training ? &m : nullptr));
+        }
+      });
+    });
+    team.for_each(rows.chunks, [&](int64_t j) {
+      const int64_t i = rows.chunks - 1 - j;
+      for (int64_t at = i * rows.chunk; at < rows.chunk_end(i); at += rows.columns)
+        normalize<T, kind, kResidual>(a, coefficients, at, std::min(rows.columns, rows.total - at),
+                                      a.mask ? a.mask + at / 8 : nullptr, kRowsReadAhead, kRowsReadAhead, streaming);
+    });
+  });
+}
+
+template <class T, Kind kind, bool kResidual>
+void forward(const BatchNormForward& a) {
+  a.channels_last ? forward_rows<T, kind, kResidual>(a) : forward_planes<T, kind, kResidual>(a);
+}
+
+}  // namespace
+
+size_t batch_norm_forward_workspace(const BatchNormForward& a) {
+  size_t bytes = 0;
+  with_type(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (a.channels_last)
+      bytes = RowsWorkspace<T>::bytes(Rows<T>(a.n * a.hw, a.c), a.threads);
+    else if (!a.training)
+      bytes = a.c * sizeof(Channel<Accumulate<T>>);
+    else if (a.threads > 1 && a.c < 4 * a.threads)
+      bytes = a.c * (Segments(a.n, a.hw).count() * sizeof(Moments) + sizeof(Channel<Accumulate<T>>));
+  });
+  return bytes;
+}
+
+void batch_norm_forward(const BatchNormForward& a) {
+  prefer_huge_pages(a.y, a.n * a.c * a.hw * size_of(a.dtype));
+  if (a.training && a.num_batches_tracked) ++*a.num_batches_tracked;
+  with_type(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    auto with_residual = [&](auto kind) {
+      a.residual ? forward<T, kind.value, true>(a) : forward<T, kind.value, false>(a);
+    };
+    switch (a.activation) {
+      case Activation::kNone: return with_residual(std::integral_constant<Kind, Kind::kNone>());
+      case Activation::kRelu: return with_residual(std::integral_constant<Kind, Kind::kRelu>());
+      default: return with_residual(std::integral_constant<Kind, Kind::kGeneral>());
+    }
+  });
+}
+
+}  // namespace fastnorm::cpu::CPU_CAPABILITY
