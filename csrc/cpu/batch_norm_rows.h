@@ -19,6 +19,8 @@ struct Channel {
       : v{mean, rstd * A(weight), A(bias) - mean_low * (rstd * A(weight)), 0, 0} {}
 };
 
+// Both kinds below are passed by value: a vector store may alias whatever has an address, and these belong in registers.
+
 // The same coefficients for every element, as in a plane ...
 template <class A>
 struct Uniform {
@@ -28,7 +30,6 @@ struct Uniform {
   Pack<A> get(Coefficient k, int64_t) const { return Pack<A>(v[k]); }
 };
 
-// (passed by value: a vector store may alias anything that has an address, and these belong in registers)
 // ... or others for every column, as in a row: [kCoefficients][columns], padded to whole packs.
 template <class A>
 struct PerColumn {
@@ -43,7 +44,7 @@ struct PerColumn {
 
 // ---- Rows -----------------------------------------------------------------------------------------------------------
 
-// How rows are taken: `columns` of them at once are `wide` channels in turn; the last wide row may be shorter.
+// Several rows at once are one wide row of `columns` elements; the last wide row may be shorter.
 template <class T>
 struct Rows {
   int64_t c, total, columns, chunk, chunks;  // elements, but for the count of chunks
