@@ -19,7 +19,8 @@ struct Channel {
       : v{mean, rstd * A(weight), A(bias) - mean_low * (rstd * A(weight)), 0, 0} {}
 };
 
-// Both kinds below are passed by value: a vector store may alias whatever has an address, and these belong in registers.
+// Both kinds below are passed by value: a vector store may alias whatever has an address, and these belong in
+// registers.
 
 // The same coefficients for every element, as in a plane ...
 template <class A>
