@@ -25,9 +25,9 @@ def import_copy(tmp_path, environment, with_extension=True, build=None):
     if build:
         (target / "_build.json").write_text(json.dumps(build))
     environment = environment | {"PYTHONPATH": str(tmp_path)}
-    result = subprocess.run(
-        [sys.executable, "-c", "import fastnorm"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    # Without the finder of an editable installation, which would find what the copy lacks.
+    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]; import fastnorm"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode != 0
     return result.stderr.strip().splitlines()[-1]
 
