@@ -30,11 +30,11 @@ def cases(device: str, dtype: str, layout: str, against: list[str], quick: bool 
         yield from _call_cases(device, dtype, against)
 
 
-def _theirs(run, against: list[str]):
-    made = {"eager": lambda: run}
-    if "compile" in against:
-        made["compile"] = lambda: torch.compile(run)
-    return {name: made[name]() for name in against}
+def _theirs(run, function, against: list[str]):
+    """What `run` does with torch's function, as it is and compiled."""
+    made = {"eager": lambda: function, "compile": lambda: torch.compile(function, dynamic=False)}
+    functions = {name: made[name]() for name in against}
+    return {name: (lambda f=f: run(f)) for name, f in functions.items()}
 
 
 def _shape_cases(shape, device, dtype_name, layout, against, quick) -> Iterator[Case]:
@@ -67,7 +67,7 @@ def _shape_cases(shape, device, dtype_name, layout, against, quick) -> Iterator[
     def case(what, passes, run, tolerance=TOLERANCE):
         return Case(
             "batch_norm", shape, layout, dtype_name, what, passes * size, lambda: run(ours),
-            _theirs(lambda: run(eager), against), tolerance[dtype_name], lambda: target.copy_(x), 2 * size,
+            _theirs(run, eager, against), tolerance[dtype_name], lambda: target.copy_(x), 2 * size,
         )  # fmt: skip
 
     def forward(training, activation, added):
@@ -119,7 +119,7 @@ def _call_cases(device, dtype_name, against) -> Iterator[Case]:
     def case(what, passes, run):
         return Case(
             "batch_norm", (4, 8), "nchw", dtype_name, what, passes * size, lambda: run(ours),
-            _theirs(lambda: run(theirs), [a for a in against if a == "eager"]), TOLERANCE[dtype_name],
+            _theirs(run, theirs, [a for a in against if a == "eager"]), TOLERANCE[dtype_name],
             lambda: target.copy_(x), 2 * size,
         )  # fmt: skip
 
