@@ -113,7 +113,7 @@ class NinjaBuild(build_ext):
             for p in (*cpp_extension.include_paths(), pybind11.get_include(), sysconfig.get_path("include"))
         ]
         common += ["-DFASTNORM_X86"] if x86 else []
-        link = [f"-L{p}" for p in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch"]
+        link = [f"-L{p}" for p in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
         if sys.platform == "darwin":
             link += ["-undefined", "dynamic_lookup"]
         else:

@@ -1,24 +1,18 @@
 // Batch norm, host side: schema, argument checks, allocation, device switch.
 #include "batch_norm.h"
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <array>
 #include <string_view>
 #include <tuple>
 
-#include "torch_utils.h"
+#include "norm_host.h"
 
 namespace fastnorm {
 namespace {
 
 constexpr const char* kOp = "batch_norm";
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // x as [n, c, hw] with its layout; what is dense in neither way is copied.
 struct View {
@@ -43,25 +37,8 @@ struct View {
 void check_parameters(const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& x, const c10::SymInt& c) {
   check_channels(weight, x, c, kOp, "weight");
   check_channels(bias, x, c, kOp, "bias");
-  for (const auto& p : {weight, bias}) {
-    if (!p) continue;
-    TORCH_CHECK(p->scalar_type() == x.scalar_type() ||
-                    (p->scalar_type() == at::kFloat && size_of(dtype_of(x, kOp, "input")) == 2),
-                kOp, ": weight and bias must be ", dtype_text(x.scalar_type()),
-                " like the input, or float32 beside a 16-bit input, got ", dtype_text(p->scalar_type()));
-  }
-  TORCH_CHECK(!weight || !bias || weight->scalar_type() == bias->scalar_type(), kOp,
-              ": weight and bias must have one dtype, got ", dtype_text(weight->scalar_type()), " and ",
-              dtype_text(bias->scalar_type()));
+  check_parameter_dtypes(weight, bias, x, kOp);
 }
-
-OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; }
-
-Tensor workspace(size_t bytes, const Tensor& x) {
-  return bytes ? at::empty({int64_t(bytes)}, x.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous))
-               : Tensor();
-}
-void* workspace_data(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
     const Tensor& x_in, const OptionalTensor& residual_in, const OptionalTensor& weight_in,
@@ -117,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
   a.n = view.n.expect_int(), a.c = view.c.expect_int(), a.hw = view.hw.expect_int(),
   a.channels_last = view.channels_last;
   a.dtype = dtype;
-  if (const auto& p = weight ? weight : bias) a.param_dtype = dtype_of(*p, kOp, "weight");
+  a.param_dtype = dtype_of(parameter_scalar_type(weight, bias, x), kOp, "weight");
   if (running_mean) a.running_dtype = dtype_of(*running_mean, kOp, "running_mean");
   a.training = training, a.cumulative = !momentum, a.momentum = momentum.value_or(0), a.eps = eps;
   a.negative_slope = negative_slope, a.activation = activation;
@@ -127,49 +104,53 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
   a.num_batches_tracked = static_cast<int64_t*>(mutable_data_or_null(num_batches_tracked));
   a.y = y.mutable_data_ptr(), a.stats = stats.mutable_data_ptr();
   a.mask = save_mask ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
-#ifdef FASTNORM_CUDA
-  if (device == Device::kCuda) {
-    const CudaScope scope(x);
-    const Tensor scratch = workspace(cuda::batch_norm_forward_workspace(a), x);
-    a.workspace = workspace_data(scratch);
-    check_cuda(cuda::batch_norm_forward(a, scope.stream), kOp);
-  }
-#endif
-#ifndef FASTNORM_CUDA_EMULATION
-  if (device == Device::kCpu) {
-    a.threads = cpu_threads(x.numel());
-    const Tensor scratch = workspace(cpu::batch_norm_forward_workspace(a), x);
-    a.workspace = workspace_data(scratch);
-    cpu::batch_norm_forward(a);
-  }
-#endif
+  FASTNORM_RUN(batch_norm_forward, a, x, device, kOp);
   if (training && running_mean && !mean->is_same(*running_mean)) running_mean->copy_(*mean);
   if (training && running_var && !var->is_same(*running_var)) running_var->copy_(*var);
   return finish();
 }
 
+// Of this batch alone, for statistics over several batches: float64 [2, c], mean and unbiased variance.
+Tensor batch_norm_statistics(const Tensor& x_in) {
+  const View view(x_in);
+  const DType dtype = dtype_of(x_in, kOp, "input");
+  const Tensor x = view.dense(x_in);
+  const auto options = x.options().memory_format(at::MemoryFormat::Contiguous);
+  Tensor moments = at::empty_symint({2, view.c}, options.dtype(at::kDouble));
+  const Device device = device_of(x, kOp);
+  if (device == Device::kMeta) return moments;
+  moments.zero_();
+  if (x.numel() == 0) return moments;
+  const Tensor stats = at::empty_symint({3, view.c}, options.dtype(accumulate_scalar_type(x.scalar_type())));
+  BatchNormForward a{};
+  a.n = view.n.expect_int(), a.c = view.c.expect_int(), a.hw = view.hw.expect_int();
+  a.channels_last = view.channels_last, a.dtype = dtype, a.param_dtype = accumulate_type(dtype);
+  a.training = true, a.momentum = 1, a.activation = Activation::kNone;
+  a.running_dtype = DType::kFloat64;
+  a.running_mean = moments.mutable_data_ptr();
+  a.running_var = static_cast<double*>(a.running_mean) + a.c;
+  a.x = x.const_data_ptr(), a.stats = stats.mutable_data_ptr();
+  FASTNORM_RUN(batch_norm_forward, a, x, device, kOp);
+  return moments;
+}
+
 // The gradients that output_mask asks for, of x, residual, weight, bias; the others are empty.
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
-    const Tensor& dy_in, const Tensor& x_in, const OptionalTensor& residual_in, const OptionalTensor& weight_in,
-    const OptionalTensor& bias_in, const Tensor& stats, const OptionalTensor& mask, bool training, double /*eps*/,
-    std::string_view activation_name, double negative_slope, std::array<bool, 4> output_mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& x_in,
+                                                    const OptionalTensor& residual_in, const OptionalTensor& weight_in,
+                                                    const OptionalTensor& bias_in, const Tensor& stats,
+                                                    const OptionalTensor& mask, const OptionalTensor& means,
+                                                    bool training, std::string_view activation_name,
+                                                    double negative_slope, std::array<bool, 4> output_mask) {
   const View view(x_in);
   const DType dtype = dtype_of(x_in, kOp, "input");
   check_like(dy_in, x_in, kOp, "dy");
   if (residual_in) check_like(*residual_in, x_in, kOp, "residual");
   check_parameters(weight_in, bias_in, x_in, view.c);
-  TORCH_CHECK(stats.dim() == 2 && stats.sym_size(0) == 3 && stats.sym_size(1) == view.c && stats.is_contiguous() &&
-                  stats.scalar_type() == accumulate_scalar_type(x_in.scalar_type()),
-              kOp, ": stats must be what the forward operator returned");
-  const bool has_mask = mask && mask->sym_numel() != 0;
-  TORCH_CHECK(!has_mask ||
-                  (mask->sym_numel() == view.mask_bytes() && mask->scalar_type() == at::kByte && mask->is_contiguous()),
-              kOp, ": mask must be what the forward operator returned");
+  check_saved(stats, 3, view.c, mask, view.mask_bytes(), x_in, kOp);
 
   const Tensor x = view.dense(x_in);
-  const auto& p = weight_in ? weight_in : bias_in;
   const auto options = x.options().memory_format(at::MemoryFormat::Contiguous);
-  const auto param_options = options.dtype(p ? p->scalar_type() : accumulate_scalar_type(x.scalar_type()));
+  const auto param_options = options.dtype(parameter_scalar_type(weight_in, bias_in, x));
   Tensor dx = output_mask[0] ? at::empty_like(x) : at::empty({0}, options);
   Tensor dresidual = output_mask[1] ? at::empty_like(x) : at::empty({0}, options);
   Tensor dweight = at::empty_symint({output_mask[2] ? view.c : c10::SymInt(0)}, param_options);
@@ -188,31 +169,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   a.n = view.n.expect_int(), a.c = view.c.expect_int(), a.hw = view.hw.expect_int(),
   a.channels_last = view.channels_last;
   a.dtype = dtype;
-  a.param_dtype = p ? dtype_of(*p, kOp, "weight") : accumulate_type(dtype);
+  a.param_dtype = dtype_of(parameter_scalar_type(weight, bias, x), kOp, "weight");
   a.training = training, a.negative_slope = negative_slope, a.activation = activation_of(activation_name, kOp);
   a.dy = dy.const_data_ptr(), a.x = x.const_data_ptr(), a.residual = data_or_null(residual);
   a.weight = data_or_null(weight), a.bias = data_or_null(bias), a.stats = stats.const_data_ptr();
-  a.mask = has_mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr;
-  auto wanted = [](bool yes, const Tensor& t) { return yes ? t.mutable_data_ptr() : nullptr; };
-  a.dx = wanted(output_mask[0], dx), a.dresidual = wanted(output_mask[1], dresidual);
-  a.dweight = wanted(output_mask[2], dweight), a.dbias = wanted(output_mask[3], dbias);
-#ifdef FASTNORM_CUDA
-  if (device == Device::kCuda) {
-    const CudaScope scope(x);
-    const Tensor scratch = workspace(cuda::batch_norm_backward_workspace(a), x);
-    a.workspace = workspace_data(scratch);
-    check_cuda(cuda::batch_norm_backward(a, scope.stream), kOp);
-  }
-#endif
-#ifndef FASTNORM_CUDA_EMULATION
-  if (device == Device::kCpu) {
-    a.threads = cpu_threads(x.numel());
-    const Tensor scratch = workspace(cpu::batch_norm_backward_workspace(a), x);
-    a.workspace = workspace_data(scratch);
-    cpu::batch_norm_backward(a);
-  }
-#endif
+  a.mask = mask_or_null(mask), a.means = static_cast<const double*>(data_or_null(means));
+  a.dx = data_if(output_mask[0], dx), a.dresidual = data_if(output_mask[1], dresidual);
+  a.dweight = data_if(output_mask[2], dweight), a.dbias = data_if(output_mask[3], dbias);
+  FASTNORM_RUN(batch_norm_backward, a, x, device, kOp);
   return {dx, dresidual, dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
+    const Tensor& dy, const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+    const OptionalTensor& bias, const Tensor& stats, const OptionalTensor& mask, bool training, double /*eps*/,
+    std::string_view activation, double negative_slope, std::array<bool, 4> output_mask) {
+  return backward(dy, x, residual, weight, bias, stats, mask, {}, training, activation, negative_slope, output_mask);
+}
+
+// dx where the means of dz and of dz * normalized are over several batches; without an activation, so that dy is dz.
+Tensor batch_norm_backward_elementwise(const Tensor& dz, const Tensor& x, const OptionalTensor& weight,
+                                       const Tensor& stats, const Tensor& means) {
+  TORCH_CHECK(means.dim() == 2 && means.sym_size(0) == 2 && means.sym_size(1) == x.sym_size(1) &&
+                  means.is_contiguous() && means.scalar_type() == at::kDouble,
+              kOp, ": means must be contiguous float64 (2, C), got ", dtype_text(means.scalar_type()), " ",
+              shape_text(means));
+  check_same_device(means, x, kOp, "means");
+  return std::get<0>(backward(dz, x, {}, weight, {}, stats, {}, means, true, "none", 0, {true, false, false, false}));
 }
 
 }  // namespace
@@ -230,6 +213,9 @@ TORCH_LIBRARY_FRAGMENT(FASTNORM_LIBRARY, m) {
       "Tensor? running_var, Tensor? num_batches_tracked, bool training, float? momentum, float eps, "
       "str activation, float negative_slope, bool save_mask) -> (Tensor y, Tensor stats, Tensor mask)",
       {at::Tag::pt2_compliant_tag});
+  m.def("batch_norm_statistics(Tensor x) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("batch_norm_backward_elementwise(Tensor dz, Tensor x, Tensor? weight, Tensor stats, Tensor means) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
   m.def(
       "batch_norm_backward(Tensor dy, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor stats, "
       "Tensor? mask, bool training, float eps, str activation, float negative_slope, bool[4] output_mask) -> "
@@ -240,5 +226,7 @@ TORCH_LIBRARY_FRAGMENT(FASTNORM_LIBRARY, m) {
 TORCH_LIBRARY_IMPL(FASTNORM_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("batch_norm_forward", fastnorm::batch_norm_forward);
   m.impl("batch_norm_forward.frozen", fastnorm::batch_norm_forward);
+  m.impl("batch_norm_statistics", fastnorm::batch_norm_statistics);
   m.impl("batch_norm_backward", fastnorm::batch_norm_backward);
+  m.impl("batch_norm_backward_elementwise", fastnorm::batch_norm_backward_elementwise);
 }

@@ -48,11 +48,11 @@ struct BatchNormForward {
   void* running_mean;            // [c] or null; updated when training
   void* running_var;             // [c] or null; updated when training
   int64_t* num_batches_tracked;  // [1] or null; 1 is added when training
-  void* y;
-  void* stats;      // A [3][c]: mean, mean_low, rstd, for backward
-  uint8_t* mask;    // batch_norm_mask_bytes() or null: not wanted
-  void* workspace;  // batch_norm_forward_workspace() bytes
-  int threads;      // at most, for the CPU kernels
+  void* y;                       // or null: not wanted, only the statistics are
+  void* stats;                   // A [3][c]: mean, mean_low, rstd, for backward
+  uint8_t* mask;                 // batch_norm_mask_bytes() or null: not wanted
+  void* workspace;               // batch_norm_forward_workspace() bytes
+  int threads;                   // at most, for the CPU kernels
 };
 
 struct BatchNormBackward {
@@ -70,12 +70,14 @@ struct BatchNormBackward {
   const void* bias;      // [c] or null: 0
   const void* stats;     // A [3][c] as forward left it
   const uint8_t* mask;   // as forward left it, or null
-  void* dx;              // or null: not wanted; so are the next three
-  void* dresidual;       // d loss / d z
-  void* dweight;         // [c]
-  void* dbias;           // [c]
-  void* workspace;       // batch_norm_backward_workspace() bytes
-  int threads;           // at most, for the CPU kernels
+  const double* means;  // [2][c], of dz and of dz * (x - mean) * rstd, where they are over more than this batch, for dx
+                        //   (then dweight and dbias are null); or null
+  void* dx;             // or null: not wanted; so are the next three
+  void* dresidual;      // d loss / d z
+  void* dweight;        // [c]
+  void* dbias;          // [c]
+  void* workspace;      // batch_norm_backward_workspace() bytes
+  int threads;          // at most, for the CPU kernels
 };
 
 namespace cpu {

@@ -1,10 +1,12 @@
-// The extension module: importing it registers the operators; isa() says which CPU kernels run.
+// The extension module: importing it registers the operators; isa() says which CPU kernels run; the forward operators
+// for Python outside of torch.compile.
 #include <ATen/Version.h>
-#include <pybind11/pybind11.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <string>
 
 #include "cpu/isa.h"
+#include "norm_autograd.h"
 
 namespace fastnorm::cpu {
 
@@ -18,6 +20,52 @@ Isa isa() {
 
 }  // namespace fastnorm::cpu
 
+namespace fastnorm {
+namespace {
+
+// ---- Operators ------------------------------------------------------------------------------------------------------
+
+// What torch.ops.fastnorm would call: but arguments go from Python to the dispatcher without the schema being read and
+// without a stack of boxed values, which a tiny batch notices.
+
+// Calls an operator without holding the interpreter's lock.
+template <class Signature, class... Args>
+auto call(const c10::TypedOperatorHandle<Signature>& op, const Args&... args) {
+  const pybind11::gil_scoped_release release;
+  return op.call(args...);
+}
+
+Tensor batch_norm(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                  const OptionalTensor& bias, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                  const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
+                  std::string_view activation, double negative_slope) {
+  static const auto op = find_operator<BatchNormForwardOp>("fastnorm::batch_norm_forward");
+  static const auto frozen = find_operator<BatchNormForwardOp>("fastnorm::batch_norm_forward", "frozen");
+  return std::get<0>(call(training ? op : frozen, x, residual, weight, bias, running_mean, running_var,
+                          num_batches_tracked, training, momentum, eps, activation, negative_slope, false));
+}
+
+std::pair<Tensor, Tensor> layer_norm(const Tensor& x, const OptionalTensor& addend, const OptionalTensor& residual,
+                                     const OptionalTensor& weight, const OptionalTensor& bias,
+                                     c10::SymIntArrayRef normalized_shape, int64_t dim, bool rms, double eps,
+                                     std::string_view activation, double negative_slope) {
+  static const auto op = find_operator<LayerNormForwardOp>("fastnorm::layer_norm_forward");
+  auto result =
+      call(op, x, addend, residual, weight, bias, normalized_shape, dim, rms, eps, activation, negative_slope, false);
+  return {std::get<0>(result), std::get<1>(result)};
+}
+
+std::pair<Tensor, Tensor> group_norm(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                                     const OptionalTensor& bias, const c10::SymInt& groups, double eps,
+                                     std::string_view activation, double negative_slope) {
+  static const auto op = find_operator<GroupNormForwardOp>("fastnorm::group_norm_forward");
+  auto result = call(op, x, residual, weight, bias, groups, eps, activation, negative_slope, false);
+  return {std::get<0>(result), std::get<1>(result)};
+}
+
+}  // namespace
+}  // namespace fastnorm
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastnorm's compiled operators (torch.ops.fastnorm).";
   m.def("isa", [] {
@@ -28,4 +76,7 @@ PYBIND11_MODULE(_C, m) {
     return std::string("DEFAULT");
 #endif
   });
+  m.def("batch_norm", fastnorm::batch_norm, "y of torch.ops.fastnorm.batch_norm_forward");
+  m.def("layer_norm", fastnorm::layer_norm, "y and sum of torch.ops.fastnorm.layer_norm_forward");
+  m.def("group_norm", fastnorm::group_norm, "y and stats of torch.ops.fastnorm.group_norm_forward");
 }

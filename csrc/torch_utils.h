@@ -30,16 +30,19 @@ namespace fastnorm {
 
 inline std::string_view dtype_text(at::ScalarType t) { return c10::getDtypeNames(t).first; }
 
-inline DType dtype_of(const at::Tensor& t, const char* op, const char* name) {
-  switch (t.scalar_type()) {
+inline DType dtype_of(at::ScalarType t, const char* op, const char* name) {
+  switch (t) {
     case at::kDouble: return DType::kFloat64;
     case at::kFloat: return DType::kFloat32;
     case at::kHalf: return DType::kFloat16;
     case at::kBFloat16: return DType::kBFloat16;
     default:
       TORCH_CHECK_NOT_IMPLEMENTED(false, op, ": ", name, " must be float64, float32, float16 or bfloat16, got ",
-                                  dtype_text(t.scalar_type()));
+                                  dtype_text(t));
   }
+}
+inline DType dtype_of(const at::Tensor& t, const char* op, const char* name) {
+  return dtype_of(t.scalar_type(), op, name);
 }
 
 inline at::ScalarType accumulate_scalar_type(at::ScalarType t) { return t == at::kDouble ? at::kDouble : at::kFloat; }

@@ -1,21 +1,21 @@
-"""Batch norm: function, autograd Functions, modules.
+"""Batch norm: function, transforms, modules.
 
 z = (x - mean) / sqrt(var + eps) * weight + bias + residual,  y = activation(z)
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ._library import ops
-from .activation import activate, check_activation
-from .transforms import ChannelFold, push_forward
+from ._library import extension, ops
+from .activation import activate
+from .module import MODULE_DOC, FusedNorm, intercept, intercepted
+from .transforms import ChannelFold, Norm, NormBackwardFunction, NormFunction, define_recorded, finish, unpack_bits
 
 _forward = ops.batch_norm_forward.default
 _forward_frozen = ops.batch_norm_forward.frozen  # the same where training is False; its schema writes nothing
@@ -134,14 +134,14 @@ def _batch_norm(
             running_mean = running_var = num_batches_tracked = None
             momentum = 0.0
         if transforming or forward_ad._current_level >= 0:
-            return BatchNormFunction.apply(
-                x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
-                activation or "none", negative_slope,
+            return NormFunction.apply(
+                _norm, x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum,
+                eps, activation or "none", negative_slope,
             )[0]  # fmt: skip
-        return (_forward._op if training else _forward_frozen._op)(
+        return extension.batch_norm(
             x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
-            activation or "none", negative_slope, False,
-        )[0]  # fmt: skip
+            activation or "none", negative_slope,
+        )  # fmt: skip
     return (_forward if training else _forward_frozen)(
         x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
         activation or "none", negative_slope, False,
@@ -161,56 +161,44 @@ def _in_torch_operators(
     return activate(z if residual is None else z + residual, activation, negative_slope)
 
 
-class BatchNormFunction(torch.autograd.Function):
-    """The forward operator under torch.func's transforms and in forward mode; returns y and stats.
-
-    Plain reverse mode is csrc/batch_norm_autograd.cpp's, which a tiny batch notices.
-    """
-
-    @staticmethod
+class _BatchNorm(Norm):
     def forward(
-        x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, activation,
-        negative_slope,
+        self, x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
+        activation, negative_slope,
     ):  # fmt: skip
         return (_forward if training else _forward_frozen)(
             x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
             activation, negative_slope, False,
         )[:2]  # fmt: skip
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, residual, weight, bias, _, _, _, training, _, eps, activation, negative_slope = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.config = (training, eps, activation, negative_slope)
-        saved = (x, residual, weight, bias, output[1])
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+    def backward(self, *args):
+        return _backward(*args)
 
-    @staticmethod
-    def backward(ctx, dy, _stats):
-        if dy is None:
-            return (None,) * 12
-        needs = list(ctx.needs_input_grad[:4])
-        grads = iter(BatchNormBackwardFunction.apply(dy, *ctx.saved_tensors, None, *ctx.config, needs))
-        return *(next(grads) if need else None for need in needs), *(None,) * 8
+    def config(self, running_mean, running_var, num_batches_tracked, training, momentum, eps, activation, slope):
+        return training, eps, activation, slope
 
-    @staticmethod
-    def jvp(ctx, *tangents):
-        *tensors, stats = ctx.saved_tensors
-        given = {i: t for i, t in enumerate(tensors) if t is not None}
+    def composite(self, x, residual, weight, bias, stats, training, eps, activation, negative_slope):
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        mean, mean_low, rstd = (stats[i].view(shape) for i in range(3))
+        z = (x.to(stats.dtype) - mean) - mean_low
+        if training:
+            dims = [d for d in range(x.dim()) if d != 1]
+            z = z - z.mean(dims, keepdim=True)
+            rstd = (z.square().mean(dims, keepdim=True) + eps).rsqrt()
+        return finish(z * rstd, residual, weight, bias, shape, activation, negative_slope).to(x.dtype)
 
-        def function(*values: Tensor) -> tuple[Tensor, ...]:
-            at = dict(zip(given, values, strict=True))
-            return (_composite(*(at.get(i) for i in range(4)), stats, *ctx.config),)
+    def unpack_mask(self, mask, x, *config):
+        n, c, *spatial = x.shape
+        hw = math.prod(spatial)
+        if hw == 1 or torch._prims_common.suggest_memory_format(x) != torch.contiguous_format:
+            return unpack_bits(mask, 1, x.numel()).view(n, *spatial, c).movedim(-1, 1)
+        return unpack_bits(mask, n * c, hw).reshape(x.shape)
 
-        return push_forward(function, tuple(given.values()), [tangents[i] for i in given])[0], None
-
-    @staticmethod
     def vmap(
-        info, in_dims, x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, *config
+        self, batch, in_dims, x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training,
+        *config,
     ):  # fmt: skip
-        fold = ChannelFold(info.batch_size, in_dims)
+        fold = ChannelFold(batch, in_dims)
         if training and running_mean is not None and (in_dims[4] is None or in_dims[5] is None):
             raise RuntimeError(
                 "batch_norm: running_mean and running_var must be vmapped over too when training, since each of the "
@@ -219,8 +207,8 @@ class BatchNormFunction(torch.autograd.Function):
         if in_dims[6] is not None:  # all have counted the same batches
             counts, num_batches_tracked = num_batches_tracked, num_batches_tracked.select(in_dims[6], 0).clone()
         running = [fold.channels(4, running_mean), fold.channels(5, running_var)]
-        y, stats = BatchNormFunction.apply(
-            fold.data(0, x), fold.data(1, residual), fold.channels(2, weight), fold.channels(3, bias), *running,
+        y, stats = NormFunction.apply(
+            self, fold.data(0, x), fold.data(1, residual), fold.channels(2, weight), fold.channels(3, bias), *running,
             num_batches_tracked, training, *config,
         )  # fmt: skip
         if training and running_mean is not None:
@@ -231,130 +219,21 @@ class BatchNormFunction(torch.autograd.Function):
         (y, y_dim), (stats, stats_dim) = fold.unfold(y, 1), fold.unfold(stats, 1)
         return (y, stats), (y_dim, stats_dim)
 
-
-class BatchNormBackwardFunction(torch.autograd.Function):
-    """The backward operator with a gradient of its own: that of batch norm written in torch's operators.
-
-    Returns those gradients of x, residual, weight and bias that `needs` asks for.
-    """
-
-    @staticmethod
-    def forward(dy, x, residual, weight, bias, stats, mask, training, eps, activation, negative_slope, needs):
-        grads = _backward(dy, x, residual, weight, bias, stats, mask, training, eps, activation, negative_slope, needs)
-        return tuple(g for g, need in zip(grads, needs, strict=True) if need)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        tensors, ctx.config, ctx.needs = inputs[:7], inputs[7:11], inputs[11]
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def _as_function(ctx) -> tuple[Callable[..., tuple[Tensor, ...]], dict[int, Tensor]]:
-        """What forward computes, in torch's operators: from those of dy, x, residual, weight, bias that are given."""
-        *tensors, stats, mask = ctx.saved_tensors
-        training, eps, activation, negative_slope = ctx.config
-        given = {i: t for i, t in enumerate(tensors) if t is not None}
-        wanted = [i for i, need in enumerate(ctx.needs, start=1) if need]
-
-        def gradients(*values: Tensor) -> tuple[Tensor, ...]:
-            at = dict(zip(given, values, strict=True))
-            name, dz = activation, at[0]
-            if mask is not None:  # which stands for the residual: the slopes are known, and constant
-                low = negative_slope if activation == "leaky_relu" else 0.0
-                name, dz = "none", torch.where(_unpack_mask(mask, at[1]), dz, dz * low)
-            inputs = [i for i in wanted if i in at]
-
-            def forward(*values: Tensor) -> Tensor:
-                now = at | dict(zip(inputs, values, strict=True))
-                x, residual, weight, bias = (now.get(i) for i in range(1, 5))
-                return _composite(x, residual, weight, bias, stats, training, eps, name, negative_slope)
-
-            grads = dict(zip(inputs, torch.func.vjp(forward, *(at[i] for i in inputs))[1](dz), strict=True))
-            return tuple(grads.get(i, dz) for i in wanted)
-
-        return gradients, given
-
-    @staticmethod
-    def backward(ctx, *grads):
-        gradients, given = BatchNormBackwardFunction._as_function(ctx)
-        outputs, pull_back = torch.func.vjp(gradients, *given.values())
-        cotangents = tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grads, strict=True))
-        result = dict(zip(given, pull_back(cotangents), strict=True))
-        return tuple(result.get(i) for i in range(12))
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        gradients, given = BatchNormBackwardFunction._as_function(ctx)
-        return push_forward(gradients, tuple(given.values()), [tangents[i] for i in given])
-
-    @staticmethod
-    def vmap(info, in_dims, dy, x, residual, weight, bias, stats, mask, *config):
-        fold = ChannelFold(info.batch_size, in_dims)
-        grads = BatchNormBackwardFunction.apply(
-            fold.data(0, dy), fold.data(1, x), fold.data(2, residual), fold.channels(3, weight), fold.channels(4, bias),
-            fold.data(5, stats), mask, *config,
+    def vmap_backward(self, batch, in_dims, tensors, config, needs):
+        fold = ChannelFold(batch, in_dims)
+        dy, x, residual, weight, bias, stats = tensors
+        grads = NormBackwardFunction.apply(
+            self, fold.data(0, dy), fold.data(1, x), fold.data(2, residual), fold.channels(3, weight),
+            fold.channels(4, bias), fold.data(5, stats), None, config, needs,
         )  # fmt: skip
-        channel_dims = [dim for dim, need in zip((1, 1, 0, 0), config[-1], strict=True) if need]
-        pairs = [fold.unfold(g, dim) for g, dim in zip(grads, channel_dims, strict=True)]
-        return tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
+        return fold.gradients(grads, needs)
 
 
-def _backward_recorded(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    needs = args[-1]
-    grads = iter(BatchNormBackwardFunction.apply(dy, *args))
-    return tuple(next(grads) if need else dy.new_empty(0) for need in needs)
+_norm = _BatchNorm()
+define_recorded(_norm, _backward)
 
 
-# The backward operator calls this one where its own gradient is wanted (csrc/batch_norm_autograd.cpp).
-_library = torch.library.Library("fastnorm", "FRAGMENT")
-_library.define(f"batch_norm_backward_recorded{str(_backward._schema).partition('batch_norm_backward')[2]}")
-_library.impl("batch_norm_backward_recorded", _backward_recorded, "CompositeImplicitAutograd")
-
-
-def _composite(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    training: bool,
-    eps: float,
-    activation: str,
-    negative_slope: float,
-) -> Tensor:
-    """Batch norm in torch's operators: for derivatives beyond the first.  As exact on offset inputs as the kernels."""
-    shape = (1, -1) + (1,) * (x.dim() - 2)
-    mean, mean_low, rstd = (stats[i].view(shape) for i in range(3))
-    z = (x.to(stats.dtype) - mean) - mean_low
-    if training:
-        dims = [d for d in range(x.dim()) if d != 1]
-        z = z - z.mean(dims, keepdim=True)
-        rstd = (z.square().mean(dims, keepdim=True) + eps).rsqrt()
-    z = z * rstd
-    if weight is not None:
-        z = z * weight.view(shape)
-    if bias is not None:
-        z = z + bias.view(shape)
-    if residual is not None:
-        z = z + residual
-    return activate(z, activation, negative_slope).to(x.dtype)
-
-
-def _unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """The mask's bits as a bool tensor of x's shape (csrc/batch_norm.h says how they lie)."""
-    bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
-    n, c, *spatial = x.shape
-    hw = math.prod(spatial)
-    memory_format = torch._prims_common.suggest_memory_format(x)
-    if hw == 1 or memory_format != torch.contiguous_format:
-        rows = bits.flatten()[: x.numel()].view(n, *spatial, c)
-        return rows.movedim(-1, 1).bool()
-    return bits.view(n, c, -1)[:, :, :hw].reshape(x.shape).bool()
-
-
-class _FusedBatchNorm:
+class FusedBatchNorm(FusedNorm):
     """forward() and the keywords that the three modules share."""
 
     activation: str | None = None
@@ -374,16 +253,15 @@ class _FusedBatchNorm:
         negative_slope: float = 0.01,
         **kwargs: Any,
     ) -> None:
-        check_activation(type(self).__name__, activation)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs)
-        self.activation = activation
-        self.negative_slope = negative_slope
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, activation=activation,
+            negative_slope=negative_slope, **kwargs,
+        )  # fmt: skip
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """activation(norm(input) + residual)"""
-        if type(input) is not Tensor and isinstance(input, fx.Proxy):  # a leaf of the trace, as torch.nn's modules are
-            args = (input,) if residual is None else (input, residual)
-            return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), args, {})
+        if intercepted(input, residual):
+            return intercept(self, input, residual)
         self._check_input_dim(input)
         try:  # not by attribute: nn.Module looks those up slowly, and a tiny batch notices
             weight, bias = self._parameters["weight"], self._parameters["bias"]
@@ -403,53 +281,22 @@ class _FusedBatchNorm:
             self.eps, self.activation, self.negative_slope,
         )  # fmt: skip
 
-    def extra_repr(self) -> str:
-        text = super().extra_repr()
-        if self.activation is not None:
-            text += f", activation={self.activation!r}"
-            if self.activation == "leaky_relu":
-                text += f", negative_slope={self.negative_slope}"
-        return text
+
+def _doc(name: str, shape: str, input: str) -> str:
+    return MODULE_DOC.format(
+        title=f"Batch norm of {shape}", function="batch_norm", parent=name, shape=shape, example=f"{name}(6",
+        input=input, error="ValueError: for an input of another number of dimensions, an unknown activation, or one "
+        "value per channel when training.",
+    )  # fmt: skip
 
 
-_MODULE_DOC = """{title} with an optional addition and activation in the same kernel.
-
-    ``forward(x, residual=None)`` is ``activation(norm(x) + residual)``; see :func:`fastnorm.functional.batch_norm` for
-    the formula, dtypes and layouts. Everything else is :class:`torch.nn.{name}`'s, which this class is a subclass of:
-    arguments, parameters, buffers, state_dict, errors.
-
-    Args:
-        activation: None, "relu", "relu6", "leaky_relu", "elu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh" or
-            "hardswish".
-        negative_slope: leaky_relu's.
-
-    Shape:
-        input, residual and output: {shape}.
-
-    Raises:
-        ValueError: for an input of another number of dimensions, an unknown activation, or one value per channel when
-            training.
-
-    Example:
-        >>> norm = {name}(6, activation="relu")
-        >>> norm(torch.randn({example})).min() >= 0
-        tensor(True)
-    """
+class BatchNorm1d(FusedBatchNorm, nn.BatchNorm1d):
+    __doc__ = _doc("BatchNorm1d", "(N, C) or (N, C, L)", "4, 6, 8")
 
 
-class BatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
-    __doc__ = _MODULE_DOC.format(
-        title="Batch norm of (N, C) or (N, C, L)", name="BatchNorm1d", shape="(N, C) or (N, C, L)", example="4, 6, 8"
-    )
+class BatchNorm2d(FusedBatchNorm, nn.BatchNorm2d):
+    __doc__ = _doc("BatchNorm2d", "(N, C, H, W)", "4, 6, 8, 8")
 
 
-class BatchNorm2d(_FusedBatchNorm, nn.BatchNorm2d):
-    __doc__ = _MODULE_DOC.format(
-        title="Batch norm of (N, C, H, W)", name="BatchNorm2d", shape="(N, C, H, W)", example="4, 6, 8, 8"
-    )
-
-
-class BatchNorm3d(_FusedBatchNorm, nn.BatchNorm3d):
-    __doc__ = _MODULE_DOC.format(
-        title="Batch norm of (N, C, D, H, W)", name="BatchNorm3d", shape="(N, C, D, H, W)", example="4, 6, 2, 8, 8"
-    )
+class BatchNorm3d(FusedBatchNorm, nn.BatchNorm3d):
+    __doc__ = _doc("BatchNorm3d", "(N, C, D, H, W)", "4, 6, 2, 8, 8")

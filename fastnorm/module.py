@@ -1,0 +1,68 @@
+"""What the fused modules share: their extra keywords, their repr, and being leaves of a trace."""
+
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.overrides import handle_torch_function, has_torch_function
+
+from .activation import check_activation
+
+
+class FusedNorm(nn.Module):
+    """Before torch.nn's class among the bases: adds activation and negative_slope to its keywords and its repr."""
+
+    activation: str | None = None
+    negative_slope: float = 0.01
+
+    def __init__(self, *args: Any, activation: str | None = None, negative_slope: float = 0.01, **kwargs: Any) -> None:
+        check_activation(type(self).__name__, activation)
+        super().__init__(*args, **kwargs)
+        self.activation = activation
+        self.negative_slope = negative_slope
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self.activation is not None:
+            text += f", activation={self.activation!r}"
+            if self.activation == "leaky_relu":
+                text += f", negative_slope={self.negative_slope}"
+        return text
+
+
+def intercepted(input: Any, residual: Any) -> bool:
+    """Whether a module is called with other than plain tensors: traced by torch.fx, or what overrides functions."""
+    if type(input) is Tensor and (residual is None or type(residual) is Tensor):
+        return False
+    return isinstance(input, fx.Proxy) or has_torch_function((input, residual))
+
+
+def intercept(module: nn.Module, input: Any, residual: Any) -> Any:
+    """What such a call returns. fastnorm's modules are leaves of a trace, as torch.nn's are."""
+    if isinstance(input, fx.Proxy):
+        args = (input,) if residual is None else (input, residual)
+        return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), args, {})
+    return handle_torch_function(type(module).forward, (input, residual), module, input, residual)
+
+
+MODULE_DOC = """{title} with an optional addition and activation in the same kernel.
+
+    ``forward(x, residual=None)`` is ``activation(norm(x) + residual)``; see :func:`fastnorm.functional.{function}` for
+    the formula, dtypes and layouts. Everything else is :class:`torch.nn.{parent}`'s, which this class is a subclass of:
+    arguments, parameters, buffers, state_dict, errors.
+
+    Args:
+        activation: None, "relu", "relu6", "leaky_relu", "elu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh" or
+            "hardswish".
+        negative_slope: leaky_relu's.
+
+    Shape:
+        input, residual and output: {shape}.
+
+    Raises:
+        {error}
+
+    Example:
+        >>> norm = {example}, activation="relu")
+        >>> norm(torch.randn({input})).min() >= 0
+        tensor(True)
+    """
