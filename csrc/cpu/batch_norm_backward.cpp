@@ -5,6 +5,7 @@
 // a residual's gradient; rows read x and dy twice where they do not stay in the caches.
 #include "../batch_norm.h"
 #include "batch_norm_rows.h"
+#include "channel_norm.h"
 #include "moments.h"
 #include "output.h"
 #include "parallel.h"
@@ -12,43 +13,6 @@
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
-
-// ---- Backward, elementwise ------------------------------------------------------------------------------------------
-
-// How dz comes from dy: as it is, by relu's or any activation's slope at z(x), at z(x) + residual, or by the mask.
-enum class Slope { kOne, kRelu, kGeneral, kGeneralResidual, kMask };
-
-template <class T, Slope slope, class P>
-inline P slope_times(const BatchNormBackward& a, P dy, P z, int64_t at, int64_t i, const uint8_t* mask, auto count,
-                     auto again) {
-  using A = Accumulate<T>;
-  using V = at::vec::Vectorized<A>;
-  const V s(A(a.negative_slope));
-  if constexpr (slope == Slope::kOne) return dy;
-  if constexpr (slope == Slope::kRelu) return select(less_equal(z, P(A(0))), P(A(0)), dy);
-  if constexpr (slope == Slope::kMask) {
-    const P other = a.activation == Activation::kLeakyRelu ? dy * P(A(a.negative_slope)) : P(A(0));
-    return select_bits(load_bits(mask, i, count, again), dy, other);
-  }
-  if constexpr (slope == Slope::kGeneralResidual) z = z + load(static_cast<const T*>(a.residual) + at, count);
-  return {dy.a * activation_gradient(a.activation, z.a, s), dy.b * activation_gradient(a.activation, z.b, s)};
-}
-
-// dz and x - mean of a pack at element `at`, which is the i-th of its span; mask: the span's bits.
-template <class T, Slope slope, class Coefficients>
-struct Gradient {
-  using P = Pack<Accumulate<T>>;
-  P dz, centered;
-
-  Gradient(const BatchNormBackward& a, const Coefficients& c, int64_t at, int64_t i, const uint8_t* mask, auto count,
-           auto again) {
-    centered = load(static_cast<const T*>(a.x) + at, count) - c.get(kMean, i);
-    P z = centered;
-    if constexpr (slope == Slope::kRelu || slope == Slope::kGeneral || slope == Slope::kGeneralResidual)
-      z = fmadd(centered, c.get(kScale, i), c.get(kShift, i));
-    dz = slope_times<T, slope>(a, load(static_cast<const T*>(a.dy) + at, count), z, at, i, mask, count, again);
-  }
-};
 
 // Frozen statistics: dx = dz * scale needs no sums, so it is written while they are taken.
 template <class T, Slope slope, class Coefficients>
@@ -58,30 +22,12 @@ inline void write_frozen(const BatchNormBackward& a, const Coefficients& c, cons
   if (a.dresidual) store(static_cast<T*>(a.dresidual) + at, g.dz, count);
 }
 
-// dx and dresidual of len elements from `at` on.
-template <class T, Slope slope, class Coefficients>
-inline void backward_span(const BatchNormBackward& a, const Coefficients c, int64_t at, int64_t len,
-                          const uint8_t* mask, int64_t read_ahead, int64_t write_ahead, bool streaming) {
-  T *const dx = static_cast<T*>(a.dx), *const dresidual = static_cast<T*>(a.dresidual);
-  for_packs<T>(len, [&](int64_t i, auto count, auto again) {
-    if (read_ahead) {
-      prefetch(static_cast<const T*>(a.x) + at + i + read_ahead);
-      prefetch(static_cast<const T*>(a.dy) + at + i + read_ahead);
-    }
-    const Gradient<T, slope, Coefficients> g(a, c, at + i, i, mask, count, again);
-    if (dresidual) {
-      if (!streaming) prefetch<T, true>(dresidual + at + i + write_ahead);
-      store_output(dresidual + at + i, g.dz, count, again, streaming);
-    }
-    if (dx) {
-      if (!streaming) prefetch<T, true>(dx + at + i + write_ahead);
-      const auto inner = g.dz - fmadd(g.centered, c.get(kSlope, i), c.get(kOffset, i));
-      store_output(dx + at + i, inner * c.get(kScale, i), count, again, streaming);
-    }
-  });
-}
-
-// ---- Backward -------------------------------------------------------------------------------------------------------
+// dx = (dz - offset - (x - mean) * slope) * scale
+struct TrainingGradient {
+  auto operator()(const auto& g, const auto& c, int64_t i) const {
+    return (g.dz - fmadd(g.centered, c.get(kSlope, i), c.get(kOffset, i))) * c.get(kScale, i);
+  }
+};
 
 template <class A>
 Channel<A> start_backward(const BatchNormBackward& a, int64_t c) {
@@ -105,8 +51,9 @@ Channel<A> finish_backward(const BatchNormBackward& a, int64_t c, const Sums& su
   write(a.dbias, a.param_dtype, c, sums.dz);
   Channel<A> channel = start_backward<A>(a, c);
   if (a.training) {
-    const double slope = sum_dz_xhat / n * rstd;
-    channel.v[kSlope] = A(slope), channel.v[kOffset] = A(sums.dz / n - low * slope);
+    const double mean_dz = a.means ? a.means[c] : sums.dz / n;
+    const double slope = (a.means ? a.means[a.c + c] : sum_dz_xhat / n) * rstd;
+    channel.v[kSlope] = A(slope), channel.v[kOffset] = A(mean_dz - low * slope);
   }
   return channel;
 }
@@ -162,7 +109,7 @@ void backward_planes(const BatchNormBackward& a) {
   const bool second_pass = a.training && (a.dx || a.dresidual), streaming = streams_backward(a, a.hw);
   auto plane_gradient = [&](const Uniform<A>& coefficients, int64_t plane, int64_t write_ahead) {
     const uint8_t* const mask = a.mask ? a.mask + plane * ((a.hw + 7) / 8) : nullptr;
-    backward_span<T, slope>(a, coefficients, plane * a.hw, a.hw, mask, 0, write_ahead, streaming);
+    backward_span<T, slope>(a, coefficients, plane * a.hw, a.hw, mask, 0, write_ahead, streaming, TrainingGradient());
   };
   if (a.threads == 1 || a.c >= 4 * a.threads) {
     const int64_t group = channel_group(a.n, a.c, a.hw, 2 * sizeof(T), a.threads);
@@ -172,7 +119,7 @@ void backward_planes(const BatchNormBackward& a) {
         Sums sums[kMaxGroup];
         Channel<A> coefficients[kMaxGroup];
         for (int64_t k = 0; k < channels; k++) coefficients[k] = start_backward<A>(a, first + k);
-        for (int64_t j = 0; j < segments.count(); j++) add(coefficients, first, channels, j, sums);
+        for (int64_t j = 0; !a.means && j < segments.count(); j++) add(coefficients, first, channels, j, sums);
         for (int64_t k = 0; k < channels; k++) coefficients[k] = finish_backward<A>(a, first + k, sums[k]);
         for (int64_t n = a.n - 1; second_pass && n >= 0; n--)
           for (int64_t k = 0; k < channels; k++)
@@ -188,7 +135,7 @@ void backward_planes(const BatchNormBackward& a) {
       const int64_t c = i / segments.count();
       const Channel<A> coefficients = start_backward<A>(a, c);
       partial[i] = Sums{};
-      add(&coefficients, c, 1, i % segments.count(), &partial[i]);
+      if (!a.means) add(&coefficients, c, 1, i % segments.count(), &partial[i]);
     });
     team.for_each(a.c, [&](int64_t c) {
       Sums sums;
@@ -201,42 +148,6 @@ void backward_planes(const BatchNormBackward& a) {
         plane_gradient(Uniform<A>(channels[plane % a.c]), plane, 0);
       });
   });
-}
-
-template <class T, Slope slope, bool kFrozen>
-void chunk_sums(const BatchNormBackward& a, const Rows<T>& rows, const PerColumn<Accumulate<T>>& coefficients,
-                int64_t begin, int64_t end, double* sum_dz, double* sum_dz_centered, Accumulate<T>* s,
-                Accumulate<T>* q) {
-  using A = Accumulate<T>;
-  using G = Gradient<T, slope, PerColumn<A>>;
-  const int64_t columns = rows.columns, c = rows.c;
-  std::fill(sum_dz, sum_dz + c, 0.0), std::fill(sum_dz_centered, sum_dz_centered + c, 0.0);
-  for (int64_t block = begin; block < end; block += kBlockRows * columns) {
-    const int64_t block_end = std::min(end, block + kBlockRows * columns);
-    std::fill(s, s + columns, A(0)), std::fill(q, q + columns, A(0));
-    auto add_rows = [&](int64_t row, int64_t len, auto unroll) {
-      const auto lanes = new_lanes<T>(len);
-      for_packs<T>(len, [&](int64_t i, auto count, auto again) {
-        auto sum = load(s + i, Full<A>()), product = load(q + i, Full<A>());
-        for (int u = 0; u < unroll; u++) {
-          const int64_t at = row + u * columns + i;
-          prefetch(static_cast<const T*>(a.x) + at + 2 * kRowsReadAhead);
-          prefetch(static_cast<const T*>(a.dy) + at + 2 * kRowsReadAhead);
-          const G g(a, coefficients, at, i, a.mask + (a.mask ? (row + u * columns) / 8 : 0), count, again);
-          const auto dz = keep(lanes, g.dz, count, again);
-          sum = sum + dz, product = fmadd(dz, g.centered, product);
-          if constexpr (kFrozen) write_frozen<T, slope>(a, coefficients, g, at, i, count);
-        }
-        store(s + i, sum, Full<A>()), store(q + i, product, Full<A>());
-      });
-    };
-    int64_t row = block;
-    for (; row + 2 * columns <= block_end; row += 2 * columns) add_rows(row, columns, std::integral_constant<int, 2>());
-    for (; row < block_end; row += columns)
-      add_rows(row, std::min(columns, block_end - row), std::integral_constant<int, 1>());
-    for (int64_t i = 0; i < c; i++)
-      for (int64_t j = i; j < columns; j += c) sum_dz[i] += double(s[j]), sum_dz_centered[i] += double(q[j]);
-  }
 }
 
 template <class T, Slope slope>
@@ -252,19 +163,24 @@ void backward_rows(const BatchNormBackward& a) {
         for (int64_t c = first; c < last; c++) rows.set(coefficients, c, start_backward<A>(a, c));
       });
     });
-    team.for_each(rows.chunks, [&](int64_t i) {
-      const auto sums = a.training ? chunk_sums<T, slope, false> : chunk_sums<T, slope, true>;
-      sums(a, rows, coefficients, i * rows.chunk, rows.chunk_end(i), work.chunk_sums(rows, i, 0),
-           work.chunk_sums(rows, i, 1), work.thread_scratch(team.rank, 0), work.thread_scratch(team.rank, 1));
+    team.for_each(a.means ? 0 : rows.chunks, [&](int64_t i) {
+      auto sums = [&](auto then) {
+        chunk_sums<T, slope>(a, rows, coefficients, i * rows.chunk, rows.chunk_end(i), work.chunk_sums(rows, i, 0),
+                             work.chunk_sums(rows, i, 1), work.thread_scratch(team.rank, 0),
+                             work.thread_scratch(team.rank, 1), then);
+      };
+      a.training ? sums([](const auto&...) {}) : sums([&](const auto& g, int64_t at, int64_t i, auto count) {
+        write_frozen<T, slope>(a, coefficients, g, at, i, count);
+      });
     });
     team.for_each(rows.channel_blocks(), [&](int64_t block) {
       rows.visit_channels(block, [&](int64_t first, int64_t last) {
         double *const dz = work.chunk_sums(rows, 0, 0), *const dz_centered = work.chunk_sums(rows, 0, 1);
-        for (int64_t i = 1; i < rows.chunks; i++)
+        for (int64_t i = 1; !a.means && i < rows.chunks; i++)
           for (int64_t c = first; c < last; c++)
             dz[c] += work.chunk_sums(rows, i, 0)[c], dz_centered[c] += work.chunk_sums(rows, i, 1)[c];
         for (int64_t c = first; c < last; c++)
-          rows.set(coefficients, c, finish_backward<A>(a, c, Sums{dz[c], dz_centered[c]}));
+          rows.set(coefficients, c, finish_backward<A>(a, c, a.means ? Sums{} : Sums{dz[c], dz_centered[c]}));
       });
     });
     if (!a.training || !(a.dx || a.dresidual)) return;
@@ -272,7 +188,8 @@ void backward_rows(const BatchNormBackward& a) {
       const int64_t i = rows.chunks - 1 - j;
       for (int64_t at = i * rows.chunk; at < rows.chunk_end(i); at += rows.columns)
         backward_span<T, slope>(a, coefficients, at, std::min(rows.columns, rows.total - at),
-                                a.mask ? a.mask + at / 8 : nullptr, kRowsReadAhead, kRowsReadAhead, streaming);
+                                a.mask ? a.mask + at / 8 : nullptr, kRowsAhead, kRowsAhead, streaming,
+                                TrainingGradient());
     });
   });
 }
@@ -301,11 +218,8 @@ void batch_norm_backward(const BatchNormBackward& a) {
   prefer_huge_pages(a.dresidual, a.n * a.c * a.hw * size_of(a.dtype));
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (a.activation == Activation::kNone) return backward<T, Slope::kOne>(a);
-    if (a.mask) return backward<T, Slope::kMask>(a);
-    if (a.residual) return backward<T, Slope::kGeneralResidual>(a);
-    if (a.activation == Activation::kRelu) return backward<T, Slope::kRelu>(a);
-    return backward<T, Slope::kGeneral>(a);
+    with_slope(a.activation, a.mask != nullptr, a.residual != nullptr,
+               [&](auto slope) { backward<T, slope.value>(a); });
   });
 }
 

@@ -9,6 +9,7 @@
 // Floor: 2 S (S: bytes of x), 3 S with a residual; rows read x twice where it does not stay in the caches.
 #include "../batch_norm.h"
 #include "batch_norm_rows.h"
+#include "channel_norm.h"
 #include "moments.h"
 #include "output.h"
 #include "parallel.h"
@@ -37,48 +38,6 @@ Channel<A> finish_forward(const BatchNormForward& a, int64_t c, const Moments* b
                     read(a.bias, a.param_dtype, c, 0));
 }
 
-// ---- Forward, elementwise -------------------------------------------------------------------------------------------
-
-// kRelu apart from the others, which are told apart at run time: what they compute costs more than the branch.
-enum class Kind { kNone, kRelu, kGeneral };
-
-template <Kind kind, class A>
-inline Pack<A> apply(const BatchNormForward& a, Pack<A> z) {
-  using V = at::vec::Vectorized<A>;
-  if constexpr (kind == Kind::kNone) return z;
-  if constexpr (kind == Kind::kRelu) return {Math<V>::relu(z.a), Math<V>::relu(z.b)};
-  const V slope(A(a.negative_slope));
-  return {activate(a.activation, z.a, slope), activate(a.activation, z.b, slope)};
-}
-
-// A bit per lane: whether the slope of the activation at z is 1.
-template <Kind kind, class A>
-inline uint32_t slope_bits(Activation activation, Pack<A> z) {
-  const Pack<A> zero(A(0));
-  if constexpr (kind == Kind::kRelu) return less_equal(z, zero).unset_bits();
-  if (activation == Activation::kRelu6) return (less_equal(z, zero) | less_equal(Pack<A>(A(6)), z)).unset_bits();
-  return ~less(zero, z).unset_bits();
-}
-
-// y = activation((x - mean) * scale + shift + residual) over len elements from `at` on; mask: their bits.
-template <class T, Kind kind, bool kResidual, class Coefficients>
-inline void normalize(const BatchNormForward& a, const Coefficients c, int64_t at, int64_t len, uint8_t* mask,
-                      int64_t read_ahead, int64_t write_ahead, bool streaming) {
-  const T* const x = static_cast<const T*>(a.x) + at;
-  const T* const residual = static_cast<const T*>(a.residual) + at;
-  T* const y = static_cast<T*>(a.y) + at;
-  for_packs<T>(len, [&](int64_t i, auto count, auto again) {
-    if (read_ahead) prefetch(x + i + read_ahead);
-    if (kResidual && read_ahead) prefetch(residual + i + read_ahead);
-    if (write_ahead && !streaming) prefetch<T, true>(y + i + write_ahead);
-    auto z = fmadd(load(x + i, count) - c.get(kMean, i), c.get(kScale, i), c.get(kShift, i));
-    if constexpr (kResidual) z = z + load(residual + i, count);
-    if constexpr (kResidual && kind != Kind::kNone)
-      if (mask) store_bits(mask, i, slope_bits<kind>(a.activation, z), count, again);
-    store_output(y + i, apply<kind>(a, z), count, again, streaming);
-  });
-}
-
 // ---- Forward --------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kWriteAhead = 512;  // elements, where planes follow each other in memory
@@ -87,7 +46,7 @@ template <class T, Kind kind, bool kResidual>
 void forward_plane(const BatchNormForward& a, const Uniform<Accumulate<T>>& coefficients, int64_t plane,
                    int64_t write_ahead, bool streaming) {
   uint8_t* const mask = a.mask ? a.mask + plane * ((a.hw + 7) / 8) : nullptr;
-  normalize<T, kind, kResidual>(a, coefficients, plane * a.hw, a.hw, mask, 0, write_ahead, streaming);
+  normalize<T, kind, kResidual>(a, coefficients, plane * a.hw, a.hw, mask, {0, 0, write_ahead}, streaming);
 }
 
 // Merges segment j of `channels` channels from c on into their moments.
@@ -149,7 +108,7 @@ void forward_planes(const BatchNormForward& a) {
         for (int64_t j = 0; j < segments.count(); j++) add_segment<T>(a, segments, first, channels, j, moments);
         for (int64_t k = 0; k < channels; k++) coefficients[k] = finish(first + k, moments[k]);
         // Backwards: the planes read last are the hottest.
-        for (int64_t n = a.n - 1; n >= 0; n--)
+        for (int64_t n = a.n - 1; a.y && n >= 0; n--)
           for (int64_t k = 0; k < channels; k++)
             forward_plane<T, kind, kResidual>(a, Uniform<A>(coefficients[k]), n * a.c + first + k, n ? -stride : 0,
                                               streaming);
@@ -170,61 +129,12 @@ void forward_planes(const BatchNormForward& a) {
       for (int64_t j = 0; j < segments.count(); j++) m.merge(partial[c * segments.count() + j]);
       channels[c] = finish(c, m);
     });
+    if (!a.y) return;
     team.for_each(a.n * a.c, [&](int64_t i) {
       const int64_t plane = a.n * a.c - 1 - i;
       forward_plane<T, kind, kResidual>(a, Uniform<A>(channels[plane % a.c]), plane, 0, streaming);
     });
   });
-}
-
-// Mean and m2 of every channel over one chunk.  The shift of a block is its first row.
-template <class T>
-void chunk_moments(const T* x, const Rows<T>& rows, int64_t begin, int64_t end, double* mean, double* m2,
-                   Accumulate<T>* k, Accumulate<T>* s, Accumulate<T>* q) {
-  using A = Accumulate<T>;
-  constexpr int kUnroll = 4;
-  const int64_t columns = rows.columns, c = rows.c;
-  std::fill(mean, mean + c, 0.0), std::fill(m2, m2 + c, 0.0);
-  double seen = 0;
-  for (int64_t block = begin; block < end; block += kBlockRows * columns) {
-    const int64_t block_end = std::min(end, block + kBlockRows * columns);
-    for (int64_t i = 0; i < c; i++) k[i] = A(x[block + i]);
-    for (int64_t i = c; i < columns; i++) k[i] = k[i - c];
-    std::fill(s, s + columns, A(0)), std::fill(q, q + columns, A(0));
-    int64_t row = block;
-    for (; row + kUnroll * columns <= block_end; row += kUnroll * columns) {
-      const auto lanes = new_lanes<T>(columns);
-      for_packs<T>(columns, [&](int64_t i, auto count, auto again) {
-        const auto shift = load(k + i, Full<A>());
-        auto sum = load(s + i, Full<A>()), square = load(q + i, Full<A>());
-        for (int u = 0; u < kUnroll; u++) {
-          const T* const p = x + row + u * columns + i;
-          prefetch(p + kRowsReadAhead * kUnroll);
-          const auto d = keep(lanes, load(p, count) - shift, count, again);
-          sum = sum + d, square = fmadd(d, d, square);
-        }
-        store(s + i, sum, Full<A>()), store(q + i, square, Full<A>());
-      });
-    }
-    for (; row < block_end; row += columns) {
-      const int64_t len = std::min(columns, block_end - row);
-      const auto lanes = new_lanes<T>(len);
-      for_packs<T>(len, [&](int64_t i, auto count, auto again) {
-        const auto d = keep(lanes, load(x + row + i, count) - load(k + i, Full<A>()), count, again);
-        store(s + i, load(s + i, Full<A>()) + d, Full<A>());
-        store(q + i, fmadd(d, d, load(q + i, Full<A>())), Full<A>());
-      });
-    }
-    const double n = double(block_end - block) / c, part = n / (seen + n), inv = 1 / n;
-    for (int64_t i = 0; i < c; i++) {
-      double sum = 0, square = 0;
-      for (int64_t j = i; j < columns; j += c) sum += double(s[j]), square += double(q[j]);
-      const double d = double(k[i]) + sum * inv - mean[i];
-      mean[i] += d * part;
-      m2[i] += std::max(square - sum * sum * inv, 0.0) + d * d * seen * part;
-    }
-    seen += n;
-  }
 }
 
 template <class T, Kind kind, bool kResidual>
@@ -244,17 +154,9 @@ void forward_rows(const BatchNormForward& a) {
       });
     team.for_each(rows.channel_blocks(), [&](int64_t block) {
       rows.visit_channels(block, [&](int64_t first, int64_t last) {
-        // Merges chunk after chunk into the first one's numbers.
         double *const mean = work.chunk_sums(rows, 0, 0), *const m2 = work.chunk_sums(rows, 0, 1);
-        for (int64_t i = 1; a.training && i < rows.chunks; i++) {
-          const double n = double(rows.chunk_end(i) - i * rows.chunk), seen = double(i * rows.chunk);
-          const double part = n / (seen + n);
-          const double *const other = work.chunk_sums(rows, i, 0), *const other_m2 = work.chunk_sums(rows, i, 1);
-          for (int64_t c = first; c < last; c++) {
-            const double d = other[c] - mean[c];
-            mean[c] += d * part, m2[c] += other_m2[c] + d * d * (seen / rows.c) * part;
-          }
-        }
+        if (a.training)
+          merge_chunk_moments(rows, first, last, [&](int64_t i, int which) { return work.chunk_sums(rows, i, which); });
         for (int64_t c = first; c < last; c++) {
           Moments m{double(a.n * a.hw), a.training ? mean[c] : 0, a.training ? m2[c] : 0};
           if (!m.finite()) m = wide_moments(x + c, a.n * a.hw, a.c, 1);
@@ -262,11 +164,13 @@ void forward_rows(const BatchNormForward& a) {
         }
       });
     });
+    if (!a.y) return;
     team.for_each(rows.chunks, [&](int64_t j) {
       const int64_t i = rows.chunks - 1 - j;
       for (int64_t at = i * rows.chunk; at < rows.chunk_end(i); at += rows.columns)
         normalize<T, kind, kResidual>(a, coefficients, at, std::min(rows.columns, rows.total - at),
-                                      a.mask ? a.mask + at / 8 : nullptr, kRowsReadAhead, kRowsReadAhead, streaming);
+                                      a.mask ? a.mask + at / 8 : nullptr, {kRowsAhead, kRowsAhead, kRowsAhead},
+                                      streaming);
     });
   });
 }
@@ -297,14 +201,7 @@ void batch_norm_forward(const BatchNormForward& a) {
   if (a.training && a.num_batches_tracked) ++*a.num_batches_tracked;
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    auto with_residual = [&](auto kind) {
-      a.residual ? forward<T, kind.value, true>(a) : forward<T, kind.value, false>(a);
-    };
-    switch (a.activation) {
-      case Activation::kNone: return with_residual(std::integral_constant<Kind, Kind::kNone>());
-      case Activation::kRelu: return with_residual(std::integral_constant<Kind, Kind::kRelu>());
-      default: return with_residual(std::integral_constant<Kind, Kind::kGeneral>());
-    }
+    with_kind_and_residual(a, [&](auto kind, auto residual) { forward<T, kind.value, residual.value>(a); });
   });
 }
 
