@@ -1,122 +1,14 @@
-// What batch norm's forward and backward kernels share: the affine map, activations, what a launch looks like.
+// What batch norm's forward and backward kernels share: what a launch looks like.
 #pragma once
 #include <bit>
-#include <initializer_list>
-#include <type_traits>
 
-#include "batch_norm_mask.cuh"
-#include "batch_norm_sums.cuh"
+#include "batch_norm.h"
+#include "norm.cuh"
+#include "tiles_mask.cuh"
+#include "tiles_sums.cuh"
 
 namespace fastnorm {
 namespace {
-
-// ---- Channels -------------------------------------------------------------------------------------------------------
-
-// z = (x - mean) * scale + shift
-template <class A>
-struct Affine {
-  A mean, scale, shift;
-  __device__ __forceinline__ A operator()(A x) const { return fused(x - mean, scale, shift); }
-};
-
-template <class A>
-__device__ __forceinline__ Affine<A> make_affine(A mean, A mean_low, A rstd, const void* weight, const void* bias,
-                                                 DType type, int64_t channel) {
-  const A scale = weight ? product(rstd, A(read(weight, type, channel))) : rstd;
-  return {mean, scale, (bias ? A(read(bias, type, channel)) : A(0)) - product(mean_low, scale)};
-}
-
-// The channel that each of a thread's sums is of.
-template <class T, bool kSeveral>
-__device__ __forceinline__ int channel_of_sum(const Tiles& t, int i) {
-  return kSeveral ? channel_of(t, int(threadIdx.x) % t.slots * kLanes<T> + i) : 0;
-}
-
-// Adds up lanes where they are of one channel; false if the sums are not finite.
-template <class T, bool kSeveral>
-__device__ __forceinline__ bool collect(double (&to)[kSums<T, kSeveral>], const Accumulate<T> (&from)[kLanes<T>]) {
-  Accumulate<T> sum = from[0];
-#pragma unroll
-  for (int i = 1; i < kLanes<T>; i++) sum += from[i];
-  if constexpr (kSeveral) {
-#pragma unroll
-    for (int i = 0; i < kLanes<T>; i++) to[i] = double(from[i]);
-  } else {
-    to[0] = double(sum);
-  }
-  return finite(sum);
-}
-
-// ---- Activations ----------------------------------------------------------------------------------------------------
-// Kernels come in two kinds: one for none and relu, and one that has all of them, chosen when it runs.
-
-constexpr bool is_simple(Activation a) { return a == Activation::kNone || a == Activation::kRelu; }
-
-template <Activation kActivation>
-constexpr bool kTwoSlopes = has_two_slopes(kActivation);
-
-// Calls f(std::integral_constant<Activation, a>()), so that the choice is made once for all lanes.
-template <class F>
-__device__ __forceinline__ void with_activation(Activation a, F f) {
-  switch (a) {
-#define FASTNORM_CASE(name) \
-  case Activation::name: return f(std::integral_constant<Activation, Activation::name>())
-    FASTNORM_CASE(kNone);
-    FASTNORM_CASE(kRelu);
-    FASTNORM_CASE(kRelu6);
-    FASTNORM_CASE(kLeakyRelu);
-    FASTNORM_CASE(kElu);
-    FASTNORM_CASE(kSigmoid);
-    FASTNORM_CASE(kTanh);
-    FASTNORM_CASE(kSilu);
-    FASTNORM_CASE(kGelu);
-    FASTNORM_CASE(kGeluTanh);
-    FASTNORM_CASE(kHardswish);
-#undef FASTNORM_CASE
-  }
-}
-
-// Whether a two-slope activation has slope 1 at z.
-template <class A>
-__device__ __forceinline__ bool has_slope_one(Activation a, A z) {
-  return activation_gradient(a, z, A(0)) == A(1);
-}
-
-// z = activation(z), and a bit for each lane where the slope is 1.
-template <class T, bool kGeneral, class A>
-__device__ __forceinline__ unsigned activate_lanes(Activation activation, A (&z)[kLanes<T>], A negative_slope) {
-  unsigned bits = 0;
-  if constexpr (kGeneral) {
-    with_activation(activation, [&](auto a) {
-      constexpr Activation kActivation = decltype(a)::value;
-#pragma unroll
-      for (int i = 0; i < kLanes<T>; i++) {
-        if constexpr (kTwoSlopes<kActivation>) bits |= unsigned(has_slope_one(kActivation, z[i])) << i;
-        z[i] = activate(kActivation, z[i], negative_slope);
-      }
-    });
-  } else {
-    const bool rectify = activation == Activation::kRelu;
-#pragma unroll
-    for (int i = 0; i < kLanes<T>; i++) {
-      const bool off = z[i] <= 0;
-      bits |= unsigned(!off) << i;
-      if (rectify && off) z[i] = 0;
-    }
-  }
-  return bits;
-}
-
-// Calls f with a value of the type.
-template <class F>
-auto with_type(DType type, F f) {
-  switch (type) {
-    case DType::kFloat64: return f(double());
-    case DType::kFloat16: return f(__half());
-    case DType::kBFloat16: return f(__nv_bfloat16());
-    default: return f(float());
-  }
-}
 
 // ---- Launches -------------------------------------------------------------------------------------------------------
 
@@ -131,23 +23,13 @@ __device__ __forceinline__ bool owns(const Tiles& t, const Place& at, int i) {
 constexpr int kStreamedThreads = 192;
 template <class T, bool kSeveral>
 constexpr int kResidentThreads = kSeveral ? kSeveralThreads : (sizeof(T) == 4 ? 512 : 256);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr bool kOneBlock = true;  // of 100 KB of shared memory a second block would hardly find its share
+#else
+constexpr bool kOneBlock = false;
+#endif
 template <class T, bool kSeveral, bool kGeneral>
-constexpr int kResidentBlocks = kGeneral && kResidentThreads<T, kSeveral> == 512 ? 1 : 2;
-
-// Shared memory that is handed out piece by piece.
-struct Shared {
-  unsigned char* at;
-  template <class U>
-  __device__ __forceinline__ U* take(int64_t n) {
-    U* p = reinterpret_cast<U*>(at);
-    at += (n * int64_t(sizeof(U)) + 15) / 16 * 16;
-    return p;
-  }
-};
-template <class U>
-size_t shared_bytes(int64_t n) {
-  return size_t(n * int64_t(sizeof(U)) + 15) / 16 * 16;
-}
+constexpr int kResidentBlocks = kOneBlock || (kGeneral && kResidentThreads<T, kSeveral> == 512) ? 1 : 2;
 
 // A kernel over the blocks of t, in clusters of `cluster`, with its arguments t and `number` at the end.
 template <class Args>
@@ -157,18 +39,6 @@ cudaError_t launch_tiles(void (*kernel)(Args, Tiles, int), const Tiles& t, int c
   const dim3 blocks(unsigned(t.groups * t.parts)), threads { unsigned(t.threads) };
   if (cluster == 1) return launch(kernel, blocks, threads, bytes, stream, args, t, number);
   return launch_cluster(kernel, blocks, threads, unsigned(cluster), bytes, stream, args, t, number);
-}
-
-// The distance from a 16-byte boundary that all of these tensors have, in elements; -1 if they differ.
-inline int common_misalignment(std::initializer_list<const void*> tensors, int element_size) {
-  int common = -1;
-  for (const void* p : tensors) {
-    if (!p) continue;
-    const int mine = int(reinterpret_cast<uintptr_t>(p) % 16) / element_size;
-    if (common >= 0 && common != mine) return -1;
-    common = mine;
-  }
-  return common;
 }
 
 template <class T>

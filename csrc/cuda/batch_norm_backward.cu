@@ -8,7 +8,9 @@
 //   resident  one launch, 3S, + dresidual 4S + m.  x and dy of a group of channels are copied to the shared memory of
 //             one block, or of a cluster of 2 to 16 (sm_90); one pass takes the sums, a second writes dx and dresidual.
 //   streamed  two launches, 5S, + dresidual 6S + 2m.
-//   eval      where the parameters want no gradients one launch, 3S: the second kernel of these alone.
+//   eval      where the parameters want no gradients one launch, 3S: the second kernel of these alone; so where the
+//   means
+//             of dz and dz * normalized are given.
 //
 // Size alone decides, as in forward, with two tensors instead of one.  Without a mask z is computed again from x, and
 // the residual if there was one (S more for each pass), by the operations of forward.
@@ -23,7 +25,7 @@ template <class T, bool kSeveral, bool kGeneral>
 __global__ void __launch_bounds__(kResidentThreads<T, kSeveral>, kResidentBlocks<T, kSeveral, kGeneral>)
     batch_norm_backward_resident_kernel(BatchNormBackward a, Tiles t, int cluster) {
   using A = Accumulate<T>;
-  constexpr int V = kLanes<T>, P = kSums<T, kSeveral>, U = 2;
+  constexpr int V = kLanes<T>, P = kSums<T, kSeveral>;
   FASTNORM_DYNAMIC_SHARED(unsigned char, memory);
   Shared shared{memory};
   const int g = t.group_channels;
@@ -37,36 +39,8 @@ __global__ void __launch_bounds__(kResidentThreads<T, kSeveral>, kResidentBlocks
 
   const Place at = place(t);
   const Needs needs(a);
-  const int thread = int(threadIdx.x), end = thread < t.step ? at.segments * t.slots : 0;
-  const T* x = static_cast<const T*>(a.x);
-  const T* dy = static_cast<const T*>(a.dy);
-  const T* residual = static_cast<const T*>(a.residual);
-
-  Walk<T> walk(t, at, thread);
-  for (int k = thread; k < end; k += U * t.step) {
-    MaskBytes bytes[U];
-    const Walk<T> first = walk;
-#pragma unroll
-    for (int u = 0; u < U; u++, walk.advance()) {
-      const int slot = k + u * t.step;
-      if (slot >= end) continue;
-      const Slot s = *walk;
-      if (s.valid == kAllLanes<T>) {
-        __pipeline_memcpy_async(&xs[slot], x + s.offset, 16);
-        __pipeline_memcpy_async(&dys[slot], dy + s.offset, 16);
-      } else {
-        xs[slot] = load(x + s.offset, s.valid);
-        dys[slot] = load(dy + s.offset, s.valid);
-      }
-      if (needs.mask) bytes[u] = read_mask(a.mask, walk, s);
-    }
-    if (!needs.mask) continue;
-    Walk<T> again = first;
-#pragma unroll
-    for (int u = 0; u < U; u++, again.advance())
-      if (k + u * t.step < end) bits[k + u * t.step] = uint8_t(mask_bits(a.mask, again, *again, bytes[u]));
-  }
-  __pipeline_commit();
+  const int thread = int(threadIdx.x);
+  copy_pair(a, t, at, needs, xs, dys, bits);
   for (int i = thread; i < g; i += t.threads) gradients[i] = finish<A>(a, channel_number(t, at.group, i), 0, 0, false);
   __syncthreads();
   Gradient<A> c[P];
@@ -75,26 +49,10 @@ __global__ void __launch_bounds__(kResidentThreads<T, kSeveral>, kResidentBlocks
   for (int i = 0; i < P; i++) map[i] = gradients[channel_of_sum<T, kSeveral>(t, i)].affine;
   __pipeline_wait_prior(0);
 
-  A sum[V] = {}, product[V] = {}, distance[V], dz[V];
-  Walk<T> again(t, at, thread);
-  for (int k = thread; k < end; k += U * t.step) {
-    Vector<T> r[U];
-    if (needs.residual) {
-#pragma unroll
-      for (int u = 0; u < U; u++, again.advance()) {
-        const Slot s = *again;
-        if (k + u * t.step < end) r[u] = load(residual + s.offset, s.valid);
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < U; u++) {
-      const int slot = k + u * t.step;
-      if (slot >= end) break;
-      differentiate<T, kSeveral, kGeneral>(a, map, needs, xs[slot], dys[slot], r[u], needs.mask ? bits[slot] : 0,
-                                           distance, dz);
-      accumulate<T>(distance, dz, sum, product);
-    }
-  }
+  A sum[V] = {}, product[V] = {};
+  stream_resident<T, kSeveral, kGeneral>(
+      a, map, t, at, xs, dys, bits,
+      [&](const Slot&, const A(&distance)[V], const A(&dz)[V]) { accumulate<T>(distance, dz, sum, product); });
   double value[P];
   collect<T, kSeveral>(value, sum);
   sum_channels<T, kSeveral>(t, value, scratch, mine);
@@ -109,24 +67,10 @@ __global__ void __launch_bounds__(kResidentThreads<T, kSeveral>, kResidentBlocks
   if (a.dx || a.dresidual) {
 #pragma unroll
     for (int i = 0; i < P; i++) c[i] = gradients[channel_of_sum<T, kSeveral>(t, i)];
-    Walk<T> last(t, at, thread);
-    for (int k = thread; k < end; k += U * t.step) {
-      Slot s[U];
-      Vector<T> r[U];
-#pragma unroll
-      for (int u = 0; u < U; u++, last.advance()) {
-        s[u] = *last;
-        if (needs.residual && k + u * t.step < end) r[u] = load(residual + s[u].offset, s[u].valid);
-      }
-#pragma unroll
-      for (int u = 0; u < U; u++) {
-        const int slot = k + u * t.step;
-        if (slot >= end) break;
-        differentiate<T, kSeveral, kGeneral>(a, map, needs, xs[slot], dys[slot], r[u], needs.mask ? bits[slot] : 0,
-                                             distance, dz);
-        write_slot<T, kSeveral>(a, c, s[u], distance, dz);
-      }
-    }
+    stream_resident<T, kSeveral, kGeneral>(a, map, t, at, xs, dys, bits,
+                                           [&](const Slot& s, const A(&distance)[V], const A(&dz)[V]) {
+                                             write_slot<T, kSeveral>(a, a.training, c, s, distance, dz);
+                                           });
   }
   if (cluster > 1) cluster_wait();
 }
@@ -169,7 +113,7 @@ struct BackwardPlan {
   auto gradient_kernel() const { return several ? gradient_kernel<true>() : gradient_kernel<false>(); }
 
   explicit BackwardPlan(const BatchNormBackward& a)
-      : a(a), sums(a.dweight || a.dbias || (a.training && a.dx)), resident() {
+      : a(a), sums(!a.means && (a.dweight || a.dbias || (a.training && a.dx))), resident() {
     const int misalignment = common_misalignment({a.dy, a.x, a.residual, a.dx, a.dresidual}, sizeof(T));
     Tiles groups = make_groups<T>(a.n, a.c, a.hw, a.channels_last, misalignment, kResidentWidth);
     several = groups.several;

@@ -9,42 +9,6 @@
 namespace fastnorm {
 namespace {
 
-// Calls f(slot, distance, dz) for each slot of a thread.
-template <class T, bool kSeveral, bool kGeneral, class A, class F>
-__device__ __forceinline__ void stream(const BatchNormBackward& a, const Affine<A> (&map)[kSums<T, kSeveral>],
-                                       const Tiles& t, const Place& at, F f) {
-  constexpr int V = kLanes<T>, U = 2;
-  const Needs needs(a);
-  const int thread = int(threadIdx.x), end = thread < t.step ? at.segments * t.slots : 0;
-  const T* __restrict__ x = static_cast<const T*>(a.x);
-  const T* __restrict__ dy = static_cast<const T*>(a.dy);
-  const T* __restrict__ residual = static_cast<const T*>(a.residual);
-  Walk<T> walk(t, at, thread);
-  for (int k = thread; k < end; k += U * t.step) {
-    Slot s[U];
-    Vector<T> vx[U], vdy[U], r[U];
-    MaskBytes bytes[U];
-    Walk<T> again = walk;
-#pragma unroll
-    for (int u = 0; u < U; u++, walk.advance()) {
-      if (k + u * t.step >= end) continue;
-      s[u] = *walk;
-      vx[u] = load(x + s[u].offset, s[u].valid);
-      vdy[u] = load(dy + s[u].offset, s[u].valid);
-      if (needs.residual) r[u] = load(residual + s[u].offset, s[u].valid);
-      if (needs.mask) bytes[u] = read_mask(a.mask, walk, s[u]);
-    }
-#pragma unroll
-    for (int u = 0; u < U; u++, again.advance()) {
-      if (k + u * t.step >= end) break;
-      A distance[V], dz[V];
-      const unsigned bits = needs.mask ? mask_bits(a.mask, again, s[u], bytes[u]) : 0;
-      differentiate<T, kSeveral, kGeneral>(a, map, needs, vx[u], vdy[u], r[u], bits, distance, dz);
-      f(s[u], distance, dz);
-    }
-  }
-}
-
 template <class T, bool kSeveral, bool kGeneral>
 __global__ void __launch_bounds__(kStreamedThreads, 2)
     batch_norm_reduce_kernel(BatchNormBackward a, Tiles t, int cluster) {
@@ -89,7 +53,17 @@ size_t reduce_bytes(const Tiles& t) {
          shared_bytes<Affine<Accumulate<T>>>(g);
 }
 
-// dx and dresidual, from the partial sums of `parts`; without parts the sums are not needed.
+// The sums of dz and dz * (x - mean) that the given means of dz and dz * normalized stand for.
+template <class A>
+__device__ __forceinline__ void sums_of_means(const BatchNormBackward& a, int64_t channel, double& sum,
+                                              double& product) {
+  const A* stats = static_cast<const A*>(a.stats);
+  const double count = double(a.n) * double(a.hw), low = double(stats[a.c + channel]);
+  sum = a.means[channel] * count;
+  product = a.means[a.c + channel] * count / double(stats[2 * a.c + channel]) + low * sum;
+}
+
+// dx and dresidual, from the partial sums of `parts` or from given means; without either the sums are not needed.
 template <class T, bool kSeveral, bool kGeneral>
 __global__ void __launch_bounds__(kStreamedThreads, 2)
     batch_norm_gradient_kernel(BatchNormBackward a, Tiles t, int parts) {
@@ -103,9 +77,12 @@ __global__ void __launch_bounds__(kStreamedThreads, 2)
   Gradient<A>* gradients = shared.take<Gradient<A>>(g);
   const Place at = place(t, true);
   if (parts) sum_partials(t, static_cast<const double*>(a.workspace), parts, at.group, scratch, sums, sums + g);
-  for (int i = thread; i < g; i += t.threads)
-    gradients[i] = finish<A>(a, channel_number(t, at.group, i), parts ? sums[i] : 0, parts ? sums[g + i] : 0,
-                             parts && owns(t, at, i));
+  for (int i = thread; i < g; i += t.threads) {
+    const int64_t channel = channel_number(t, at.group, i);
+    double sum = parts ? sums[i] : 0, product = parts ? sums[g + i] : 0;
+    if (a.means) sums_of_means<A>(a, channel, sum, product);
+    gradients[i] = finish<A>(a, channel, sum, product, parts && owns(t, at, i));
+  }
   __syncthreads();
   if (!a.dx && !a.dresidual) return;
   Gradient<A> c[P];
@@ -113,7 +90,7 @@ __global__ void __launch_bounds__(kStreamedThreads, 2)
 #pragma unroll
   for (int i = 0; i < P; i++) c[i] = gradients[channel_of_sum<T, kSeveral>(t, i)], map[i] = c[i].affine;
   stream<T, kSeveral, kGeneral>(a, map, t, at, [&](const Slot& s, const A(&distance)[V], const A(&dz)[V]) {
-    write_slot<T, kSeveral>(a, c, s, distance, dz);
+    write_slot<T, kSeveral>(a, a.training, c, s, distance, dz);
   });
 }
 

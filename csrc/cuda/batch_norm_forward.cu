@@ -15,76 +15,18 @@
 // in clusters, 3.5 MB are resident; 1.7 MB where rows of several channels are cut in slices of 128 bytes, as larger
 // ones leave a single block to a multiprocessor, whose loads nothing overlaps.
 #include "batch_norm_forward_streamed.cuh"
+#include "tiles_resident.cuh"
 
 namespace fastnorm {
 namespace {
 
 // ---- Resident -------------------------------------------------------------------------------------------------------
 
-// A thread's sums come in two forms: in the accumulate type; and, for a thread where those overflowed (finite values
-// near 1e19 and up), once more in double.  Lanes that are not valid hold zeros.
-
-// to[...] = the sums of a thread's elements in shared memory.
-template <class T, bool kSeveral>
-__device__ __forceinline__ void sum_resident(const Vector<T>* data, int begin, int end, int step,
-                                             double (&to)[kSums<T, kSeveral>]) {
-  constexpr int V = kLanes<T>;
-  Accumulate<T> sum[V] = {}, x[V];
-#pragma unroll 4
-  for (int k = begin; k < end; k += step) {
-    widen(x, data[k]);
-#pragma unroll
-    for (int i = 0; i < V; i++) sum[i] += x[i];
-  }
-  if (collect<T, kSeveral>(to, sum) || !kOverflows<T>) return;
-  set_zero(to);
-#pragma unroll 1
-  for (int k = begin; k < end; k += step) {
-    widen(x, data[k]);
-#pragma unroll
-    for (int i = 0; i < V; i++) to[kSeveral ? i : 0] += double(x[i]);
-  }
-}
-
-// The same of the distances from the mean, and of their squares; valid has the lanes of each slot, or is null.
-template <class T, bool kSeveral>
-__device__ __forceinline__ void square_resident(const Vector<T>* data, const uint8_t* valid, int begin, int end,
-                                                int step, const Accumulate<T> (&mean)[kSums<T, kSeveral>],
-                                                double (&to)[kSums<T, kSeveral>],
-                                                double (&squares)[kSums<T, kSeveral>]) {
-  constexpr int V = kLanes<T>;
-  Accumulate<T> sum[V] = {}, square[V] = {}, x[V];
-  auto read = [&](int k) {
-    widen(x, data[k]);
-    if (valid) fill_invalid<T, kSeveral>(x, valid[k], mean);
-  };
-#pragma unroll 4
-  for (int k = begin; k < end; k += step) {
-    read(k);
-#pragma unroll
-    for (int i = 0; i < V; i++) {
-      const Accumulate<T> distance = x[i] - mean[kSeveral ? i : 0];
-      sum[i] += distance;
-      square[i] = fused(distance, distance, square[i]);
-    }
-  }
-  collect<T, kSeveral>(to, sum);
-  if (collect<T, kSeveral>(squares, square) || !kOverflows<T>) return;
-  set_zero(to), set_zero(squares);
-#pragma unroll 1
-  for (int k = begin; k < end; k += step) {
-    read(k);
-#pragma unroll
-    for (int i = 0; i < V; i++)
-      add_distance(double(x[i]) - double(mean[kSeveral ? i : 0]), to[kSeveral ? i : 0], squares[kSeveral ? i : 0]);
-  }
-}
-
 template <class T, bool kSeveral, bool kGeneral>
 __global__ void __launch_bounds__(kResidentThreads<T, kSeveral>, kResidentBlocks<T, kSeveral, kGeneral>)
     batch_norm_forward_resident_kernel(BatchNormForward a, Tiles t, int cluster) {
   using A = Accumulate<T>;
-  constexpr int V = kLanes<T>, P = kSums<T, kSeveral>, U = 2;
+  constexpr int P = kSums<T, kSeveral>;
   FASTNORM_DYNAMIC_SHARED(unsigned char, memory);
   Shared shared{memory};
   const int g = t.group_channels;
@@ -98,26 +40,11 @@ __global__ void __launch_bounds__(kResidentThreads<T, kSeveral>, kResidentBlocks
 
   const Place at = place(t);
   const int thread = int(threadIdx.x), end = thread < t.step ? at.segments * t.slots : 0;
-  const T* x = static_cast<const T*>(a.x);
-  const T* residual = static_cast<const T*>(a.residual);
-  T* y = static_cast<T*>(a.y);
   const double count = double(a.n) * double(a.hw);
 
-  auto copy = [&](const T* from, Vector<T>* to) {
-    Walk<T> walk(t, at, thread);
-    for (int k = thread; k < end; k += t.step, walk.advance()) {
-      const Slot s = *walk;
-      if (s.valid == kAllLanes<T>)
-        __pipeline_memcpy_async(&to[k], from + s.offset, 16);
-      else
-        to[k] = load(from + s.offset, s.valid);
-      if (t.partial) bits[k] = uint8_t(s.valid);
-    }
-    __pipeline_commit();
-  };
-  copy(x, data);
+  copy_tiles(t, at, static_cast<const T*>(a.x), data, bits);
   if (t.tensors == 2)
-    copy(residual, residuals);
+    copy_tiles(t, at, static_cast<const T*>(a.residual), residuals, bits);
   else
     __pipeline_commit();
   __pipeline_wait_prior(1);
@@ -154,38 +81,7 @@ __global__ void __launch_bounds__(kResidentThreads<T, kSeveral>, kResidentBlocks
 #pragma unroll
   for (int i = 0; i < P; i++) map[i] = affine[channel_of_sum<T, kSeveral>(t, i)];
   __pipeline_wait_prior(0);
-  Walk<T> walk(t, at, thread);
-  const A negative_slope = A(a.negative_slope);
-  for (int k = thread; k < end; k += U * t.step) {
-    Slot s[U];
-    Vector<T> r[U];
-#pragma unroll
-    for (int u = 0; u < U; u++, walk.advance()) {
-      s[u] = *walk;
-      if (!residual || k + u * t.step >= end) continue;
-      r[u] = t.tensors == 2 ? residuals[k + u * t.step] : load(residual + s[u].offset, s[u].valid);
-    }
-#pragma unroll
-    for (int u = 0; u < U; u++) {
-      const int slot = k + u * t.step;
-      if (slot >= end) break;
-      A z[V];
-      widen(z, data[slot]);
-#pragma unroll
-      for (int i = 0; i < V; i++) z[i] = map[kSeveral ? i : 0](z[i]);
-      if (residual) {
-#pragma unroll
-        for (int i = 0; i < V; i++) z[i] += widen(r[u].lane[i]);
-      }
-      const unsigned on = activate_lanes<T, kGeneral>(a.activation, z, negative_slope);
-      store(y + s[u].offset, narrow<T>(z), s[u].valid);
-      if (a.mask) bits[slot] = uint8_t(on);
-    }
-  }
-  if (a.mask) {
-    __syncthreads();
-    write_mask<T>(t, at, 0, at.segments, bits, a.mask);
-  }
+  if (a.y) apply_resident<T, kSeveral, kGeneral>(a, t, at, map, data, residuals, bits);
   if (cluster > 1) cluster_wait();
 }
 
@@ -239,6 +135,7 @@ struct ForwardPlan {
       streamed = streamed_tiles<T>(groups, statistics_kernel(), statistics_bytes<T>);
     else
       streamed.second = second_tiles<T>(groups, false);
+    if (!a.y) streamed.second = split<T>(groups, 1, kStreamedThreads);
   }
   size_t workspace() const {
     return !a.training || resident.parts

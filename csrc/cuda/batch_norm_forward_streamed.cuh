@@ -7,77 +7,11 @@
 // takes blocks in reverse order: what the first kernel read last is in L2 still.
 #pragma once
 #include "batch_norm_moments.cuh"
+#include "tiles_apply.cuh"
+#include "tiles_moments.cuh"
 
 namespace fastnorm {
 namespace {
-
-// The sums of a thread's distances from shift and of their squares.
-template <class T, bool kSeveral>
-__device__ __forceinline__ void square_streamed(const T* __restrict__ x, Walk<T> walk, int begin, int end, int step,
-                                                const Accumulate<T> (&shift)[kSums<T, kSeveral>],
-                                                double (&to)[kSums<T, kSeveral>],
-                                                double (&squares)[kSums<T, kSeveral>]) {
-  constexpr int V = kLanes<T>, U = 4;
-  const Walk<T> start = walk;
-  Accumulate<T> sum[V] = {}, square[V] = {};
-  for (int k = begin; k < end; k += U * step) {
-    Vector<T> v[U];
-    unsigned valid[U];
-#pragma unroll
-    for (int u = 0; u < U; u++, walk.advance()) {
-      if (k + u * step >= end) continue;
-      const Slot s = *walk;
-      v[u] = load(x + s.offset, s.valid);
-      valid[u] = s.valid;
-    }
-#pragma unroll
-    for (int u = 0; u < U; u++) {
-      if (k + u * step >= end) break;
-      Accumulate<T> value[V];
-      widen(value, v[u]);
-      if (valid[u] != kAllLanes<T>) fill_invalid<T, kSeveral>(value, valid[u], shift);
-#pragma unroll
-      for (int i = 0; i < V; i++) {
-        const Accumulate<T> distance = value[i] - shift[kSeveral ? i : 0];
-        sum[i] += distance;
-        square[i] = fused(distance, distance, square[i]);
-      }
-    }
-  }
-  collect<T, kSeveral>(to, sum);
-  if (collect<T, kSeveral>(squares, square) || !kOverflows<T>) return;
-  set_zero(to), set_zero(squares);
-  Walk<T> again = start;
-#pragma unroll 1
-  for (int k = begin; k < end; k += step, again.advance()) {
-    const Slot s = *again;
-    Accumulate<T> value[V];
-    widen(value, load(x + s.offset, s.valid));
-    fill_invalid<T, kSeveral>(value, s.valid, shift);
-#pragma unroll
-    for (int i = 0; i < V; i++)
-      add_distance(double(value[i]) - double(shift[kSeveral ? i : 0]), to[kSeveral ? i : 0], squares[kSeveral ? i : 0]);
-  }
-}
-
-// How many of a thread's elements belong to each of its sums.
-template <class T, bool kSeveral>
-__device__ __forceinline__ void count_elements(const Tiles& t, Walk<T> walk, int begin, int end,
-                                               int (&count)[kSums<T, kSeveral>]) {
-  const int slots = begin < end ? (end - begin + t.step - 1) / t.step : 0;
-#pragma unroll
-  for (int i = 0; i < kSums<T, kSeveral>; i++) count[i] = kSeveral ? slots : slots * kLanes<T>;
-  if (!t.partial) return;
-  for (int k = begin; k < end; k += t.step, walk.advance()) {
-    const unsigned missing = ~(*walk).valid & kAllLanes<T>;
-    if constexpr (kSeveral) {
-#pragma unroll
-      for (int i = 0; i < kLanes<T>; i++) count[i] -= missing >> i & 1;
-    } else {
-      count[0] -= __popc(missing);
-    }
-  }
-}
 
 // Where the sums of a channel are taken about: its first element.
 template <class T>
@@ -144,13 +78,11 @@ size_t statistics_bytes(const Tiles& t) {
   return shared_bytes<double>(sum_scratch<T>(t)) + 2 * shared_bytes<double>(2 * t.group_channels);
 }
 
-constexpr int kChunkSlots = 4096;  // between two barriers, where a mask is written
-
 // y from the partial sums of `parts`, or, in eval mode, from the running statistics.
 template <class T, bool kSeveral, bool kGeneral>
 __global__ void __launch_bounds__(kStreamedThreads, 2) batch_norm_apply_kernel(BatchNormForward a, Tiles t, int parts) {
   using A = Accumulate<T>;
-  constexpr int V = kLanes<T>, P = kSums<T, kSeveral>, U = kSeveral ? 2 : 4;
+  constexpr int P = kSums<T, kSeveral>;
   FASTNORM_DYNAMIC_SHARED(unsigned char, memory);
   Shared shared{memory};
   const int g = t.group_channels, thread = int(threadIdx.x);
@@ -174,58 +106,19 @@ __global__ void __launch_bounds__(kStreamedThreads, 2) batch_norm_apply_kernel(B
     for (int i = thread; i < g; i += t.threads)
       affine[i] = finish_eval<A>(a, channel_number(t, at.group, i), owns(t, at, i));
   }
+  if (!a.y) return;
   __syncthreads();
   Affine<A> map[P];
 #pragma unroll
   for (int i = 0; i < P; i++) map[i] = affine[channel_of_sum<T, kSeveral>(t, i)];
 
-  const T* __restrict__ x = static_cast<const T*>(a.x);
-  const T* __restrict__ residual = static_cast<const T*>(a.residual);
-  T* __restrict__ y = static_cast<T*>(a.y);
-  const A negative_slope = A(a.negative_slope);
-  const int chunk = a.mask ? max(1, kChunkSlots / t.slots) : at.segments;
-  for (int begin = 0; begin < at.segments; begin += chunk) {
-    const int chunk_segments = min(chunk, at.segments - begin);
-    const int end = thread < t.step ? chunk_segments * t.slots : 0;
-    Walk<T> walk(t, at, begin * t.slots + thread);
-    for (int k = thread; k < end; k += U * t.step) {
-      Slot s[U];
-      Vector<T> v[U], r[U];
-#pragma unroll
-      for (int u = 0; u < U; u++, walk.advance()) {
-        if (k + u * t.step >= end) continue;
-        s[u] = *walk;
-        v[u] = load(x + s[u].offset, s[u].valid);
-        if (residual) r[u] = load(residual + s[u].offset, s[u].valid);
-      }
-#pragma unroll
-      for (int u = 0; u < U; u++) {
-        if (k + u * t.step >= end) break;
-        A z[V];
-        widen(z, v[u]);
-#pragma unroll
-        for (int i = 0; i < V; i++) z[i] = map[kSeveral ? i : 0](z[i]);
-        if (residual) {
-#pragma unroll
-          for (int i = 0; i < V; i++) z[i] += widen(r[u].lane[i]);
-        }
-        const unsigned on = activate_lanes<T, kGeneral>(a.activation, z, negative_slope);
-        store(y + s[u].offset, narrow<T>(z), s[u].valid);
-        if (a.mask) bits[k + u * t.step] = uint8_t(on);
-      }
-    }
-    if (a.mask) {
-      __syncthreads();
-      write_mask<T>(t, at, begin, chunk_segments, bits, a.mask);
-      __syncthreads();
-    }
-  }
+  apply_tiles<T, kSeveral, kGeneral>(a, t, at, map, bits);
 }
 
 template <class T>
 size_t apply_bytes(const Tiles& t, bool mask) {
   const size_t scratch = shared_bytes<double>(partial_scratch(t)) + shared_bytes<double>(2 * t.group_channels);
-  const size_t bits = mask ? shared_bytes<uint8_t>(std::max(kChunkSlots, t.slots)) : 0;
+  const size_t bits = mask ? chunk_bytes(t) : 0;
   return shared_bytes<Affine<Accumulate<T>>>(t.group_channels) + std::max(scratch, bits);
 }
 

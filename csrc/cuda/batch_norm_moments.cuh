@@ -5,17 +5,6 @@
 namespace fastnorm {
 namespace {
 
-// The moments of a channel: its mean is base + delta, m2 the sum of squared distances from it.
-struct Moments {
-  double base, delta, m2;
-};
-
-// sum and square are those of x - base.
-__device__ __forceinline__ Moments moments_about(double base, double sum, double square, double count) {
-  const double delta = sum / count, m2 = square - sum * delta;
-  return {base, delta, m2 < 0 ? 0 : m2};
-}
-
 // Turns a channel's moments into the affine map, and, where write is set, puts down the statistics and updates the
 // running ones, `factor` being their momentum.
 template <class A>
@@ -53,31 +42,6 @@ __device__ Affine<A> finish_eval(const BatchNormForward& a, int64_t channel, boo
     stats[2 * a.c + channel] = rstd;
   }
   return make_affine(high, low, rstd, a.weight, a.bias, a.param_dtype, channel);
-}
-
-// ---- A thread's sums ------------------------------------------------------------------------------------------------
-
-// Whether sums of squares of values of this type may be too large for its accumulate type, but not for double.
-template <class T>
-constexpr bool kOverflows = std::is_same_v<T, float> || std::is_same_v<T, __nv_bfloat16>;
-
-template <int n>
-__device__ __forceinline__ void set_zero(double (&v)[n]) {
-#pragma unroll
-  for (int i = 0; i < n; i++) v[i] = 0;
-}
-
-__device__ __forceinline__ void add_distance(double distance, double& sum, double& square) {
-  sum += distance;
-  square = fused(distance, distance, square);
-}
-
-template <class T, bool kSeveral>
-__device__ __forceinline__ void fill_invalid(Accumulate<T> (&x)[kLanes<T>], unsigned valid,
-                                             const Accumulate<T> (&with)[kSums<T, kSeveral>]) {
-#pragma unroll
-  for (int i = 0; i < kLanes<T>; i++)
-    if (!(valid >> i & 1)) x[i] = with[kSeveral ? i : 0];
 }
 
 }  // namespace

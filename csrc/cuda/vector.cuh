@@ -1,6 +1,7 @@
 // Values as memory has them and as kernels compute with them, and 16 bytes of them at a time.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #include "activation.h"
 #include "dtype.h"
@@ -87,10 +88,13 @@ __device__ __forceinline__ Vector<T> load(const T* p, unsigned valid = kAllLanes
   return v;
 }
 
+// To global memory.
 template <class T>
 __device__ __forceinline__ void store(T* p, const Vector<T>& v, unsigned valid = kAllLanes<T>) {
   if (valid == kAllLanes<T>) {
-    *reinterpret_cast<Vector<T>*>(p) = v;
+    uint4 bits;
+    memcpy(&bits, &v, 16);
+    __stwb(reinterpret_cast<uint4*>(p), bits);  // in one: compilers share the last lane's store with the other branch
   } else {
 #pragma unroll
     for (int i = 0; i < kLanes<T>; i++)
@@ -122,6 +126,20 @@ __device__ __forceinline__ double read(const void* p, DType type, int64_t i) {
     case DType::kBFloat16: return widen(static_cast<const __nv_bfloat16*>(p)[i]);
   }
   return 0;
+}
+
+// The same in the accumulate type: without a detour over double for float.
+template <class A>
+__device__ __forceinline__ A read_as(const void* p, DType type, int64_t i) {
+  if constexpr (std::is_same_v<A, double>) {
+    return read(p, type, i);
+  } else {
+    switch (type) {
+      case DType::kFloat16: return widen(static_cast<const __half*>(p)[i]);
+      case DType::kBFloat16: return widen(static_cast<const __nv_bfloat16*>(p)[i]);
+      default: return static_cast<const float*>(p)[i];
+    }
+  }
 }
 
 __device__ __forceinline__ void write(void* p, DType type, int64_t i, double v) {

@@ -1,4 +1,4 @@
-// How batch norm's kernels cut x up, on the host and in kernels.
+// How kernels with sums per channel cut x up, on the host and in kernels.
 //
 // x is a number of runs, each run_stride elements after the one before.  A group of channels owns the same part of
 // every run, and is the work of one block, of one cluster, or of several blocks that leave partial sums:
@@ -19,7 +19,6 @@
 #include <algorithm>
 #include <numeric>
 
-#include "batch_norm.h"
 #include "vector.cuh"
 
 namespace fastnorm {
@@ -74,8 +73,8 @@ struct Place {
   int64_t group, run;
   int part, segment, segments;
 };
-__device__ __forceinline__ Place place(const Tiles& t, bool reverse = false) {
-  const unsigned block = reverse ? gridDim.x - 1 - blockIdx.x : blockIdx.x, group = block / unsigned(t.parts);
+__device__ __forceinline__ Place place_of(const Tiles& t, unsigned block) {
+  const unsigned group = block / unsigned(t.parts);
   Place at{group, 0, int(block - group * unsigned(t.parts)), 0, 0};
   const int64_t first = int64_t(at.part) * t.block_segments;
   at.run = first;
@@ -85,6 +84,10 @@ __device__ __forceinline__ Place place(const Tiles& t, bool reverse = false) {
   }
   at.segments = int(max(int64_t(0), min(int64_t(t.block_segments), t.segments - first)));
   return at;
+}
+
+__device__ __forceinline__ Place place(const Tiles& t, bool reverse = false) {
+  return place_of(t, reverse ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
 }
 
 // Goes through the slots of a block that one thread takes.
@@ -153,9 +156,11 @@ struct Walk {
 
 constexpr int kSeveralThreads = 192;  // at most, where a group has several channels
 
-// Groups: a run's bytes of a group are about `width`, where a group's width is free.
+// Groups: a run's bytes of a group are about `width`, where a group's width is free, and hold a multiple of `unit`
+// channels (itself a multiple of 8) in channels_last runs of one row.
 template <class T>
-Tiles make_groups(int64_t n, int64_t c, int64_t hw, bool channels_last, int misalignment, bool scalar, int width) {
+Tiles make_groups(int64_t n, int64_t c, int64_t hw, bool channels_last, int misalignment, bool scalar, int width,
+                  int64_t unit = 8) {
   constexpr int V = kLanes<T>;
   Tiles t{};
   t.total = n * c * hw;
@@ -170,14 +175,15 @@ Tiles make_groups(int64_t n, int64_t c, int64_t hw, bool channels_last, int misa
     if (misalignment) t.misalignment = 0, t.scalar = true;
     t.run_stride = row;
     t.runs = (n * hw + fold - 1) / fold;
-    int64_t length = std::min<int64_t>(row, std::max<int>(width / int(sizeof(T)), 8));
+    int64_t length = std::max<int64_t>(width / int(sizeof(T)), 8);
+    length = std::min<int64_t>(row, (length + unit - 8) / unit * unit);
     if (fold > 1 && row <= V * kSeveralThreads) {
       length = row;
       t.folds = fold;
       t.group_channels = int(c);
     } else {
-      const int64_t least = std::max<int64_t>(length / 2, 8);
-      for (int64_t l = length / 8 * 8; l >= least; l -= 8)  // all groups alike, if that can be
+      const int64_t least = std::max<int64_t>(length / 2, unit);
+      for (int64_t l = length / unit * unit; l >= least; l -= unit)  // all groups alike, if that can be
         if (row % l == 0) {
           length = l;
           break;

@@ -1,8 +1,8 @@
 // Sums per channel: over a block's threads, and over the partial sums that blocks leave in global memory.  In double,
 // so that in float32 no digits are lost after a thread's own sums, and always in the same order.
 #pragma once
-#include "batch_norm_tiles.cuh"
 #include "reduce.cuh"
+#include "tiles.cuh"
 
 namespace fastnorm {
 namespace {
@@ -19,6 +19,35 @@ __host__ __device__ inline int sum_scratch(const Tiles& t) {
 
 // The channel, in the group, of an element of a segment.
 __device__ __forceinline__ int channel_of(const Tiles& t, int element) { return element / t.plane % t.group_channels; }
+
+// The channel that each of a thread's sums is of.
+template <class T, bool kSeveral>
+__device__ __forceinline__ int channel_of_sum(const Tiles& t, int i) {
+  return kSeveral ? channel_of(t, int(threadIdx.x) % t.slots * kLanes<T> + i) : 0;
+}
+
+// Adds up lanes where they are of one channel; false if the sums are not finite.
+template <class T, bool kSeveral>
+__device__ __forceinline__ bool collect(double (&to)[kSums<T, kSeveral>], const Accumulate<T> (&from)[kLanes<T>]) {
+  Accumulate<T> sum = from[0];
+#pragma unroll
+  for (int i = 1; i < kLanes<T>; i++) sum += from[i];
+  if constexpr (kSeveral) {
+#pragma unroll
+    for (int i = 0; i < kLanes<T>; i++) to[i] = double(from[i]);
+  } else {
+    to[0] = double(sum);
+  }
+  return finite(sum);
+}
+
+template <class T, bool kSeveral>
+__device__ __forceinline__ void fill_invalid(Accumulate<T> (&x)[kLanes<T>], unsigned valid,
+                                             const Accumulate<T> (&with)[kSums<T, kSeveral>]) {
+#pragma unroll
+  for (int i = 0; i < kLanes<T>; i++)
+    if (!(valid >> i & 1)) x[i] = with[kSeveral ? i : 0];
+}
 
 // sums[channel of the group] = the sum of value over the block's threads; the caller's next barrier makes it visible.
 // Scratch is free before and after.

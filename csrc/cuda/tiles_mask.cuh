@@ -1,7 +1,7 @@
-// The mask that forward leaves for backward: a bit per element (batch_norm.h says where).  Its bytes begin where planes
-// do, slots where memory is aligned, so a slot's bits may lie in two bytes, or in those of several planes.
+// The mask that forward leaves for backward: a bit per element (an op's contract says where).  Its bytes begin where
+// planes do, slots where memory is aligned, so a slot's bits may lie in two bytes, or in those of several planes.
 #pragma once
-#include "batch_norm_tiles.cuh"
+#include "tiles.cuh"
 
 namespace fastnorm {
 namespace {
