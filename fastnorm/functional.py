@@ -1,5 +1,7 @@
 """torch.nn.functional's signatures, then keyword-only ``activation``, ``residual`` and ``negative_slope``."""
 
 from .batch_norm import batch_norm
+from .group_norm import group_norm, instance_norm
+from .layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
-__all__ = ["batch_norm"]
+__all__ = ["add_layer_norm", "add_rms_norm", "batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]

@@ -8,13 +8,11 @@ from typing import Any
 
 import torch.nn as _torch_nn
 
-from ..batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d  # noqa: F401
+from ..layers import *  # noqa: F403
+from ..layers import __all__ as _layers
 from . import functional  # noqa: F401
 
-__all__ = sorted(
-    {name for name in dir(_torch_nn) if not name.startswith("_")}
-    | {"BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "functional"}
-)
+__all__ = sorted({name for name in dir(_torch_nn) if not name.startswith("_")} | {*_layers, "functional"})
 
 
 def __getattr__(name: str) -> Any:
