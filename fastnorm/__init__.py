@@ -2,9 +2,10 @@
 
 from . import functional, nn
 from ._info import __version__, info
-from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .layers import *  # noqa: F403
+from .layers import __all__ as _layers
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "__version__", "check", "functional", "info", "nn"]
+__all__ = [*_layers, "__version__", "check", "functional", "info", "nn"]  # noqa: F405
 
 
 def __getattr__(name: str):

@@ -1,0 +1,20 @@
+"""The layers, in one list for ``fastnorm`` and ``fastnorm.nn``."""
+
+from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
+from .layer_norm import LayerNorm, LayerNorm2d, RMSNorm
+from .sync_batch_norm import SyncBatchNorm
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
+    "LayerNorm2d",
+    "RMSNorm",
+    "SyncBatchNorm",
+]
