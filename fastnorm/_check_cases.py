@@ -1,0 +1,190 @@
+"""What there is to check of each operator: a further one adds itself to CHECKS by one :class:`OpCheck`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._library import ops
+from .activation import ACTIVATIONS, activate
+from .batch_norm import batch_norm
+from .group_norm import group_norm
+from .layer_norm import LayerNorm2d, add_layer_norm, layer_norm, rms_norm
+
+FORMATS = {"planes": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to call an operator: the same inputs for fastnorm's function and for torch's."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    function: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    small: tuple[slice, ...] = (slice(2), slice(None), slice(2), slice(2))  # of the inputs, for numerical gradients
+
+
+@dataclass(frozen=True)
+class OpCheck:
+    """What there is to check of an operator.
+
+    Attributes:
+        cases: (device, dtype) -> Cases whose inputs are differentiable.
+        operators: (device, dtype) -> (operator, arguments) for torch.library.opcheck.
+    """
+
+    cases: Callable[[str, torch.dtype], Iterable[Case]]
+    operators: Callable[[str, torch.dtype], Iterable[tuple[object, tuple]]]
+
+
+def _random(device: str, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """A function that makes tensors, which are the same numbers in every dtype."""
+
+    def tensor(*shape: int, format: torch.memory_format = torch.contiguous_format) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64).to(device, dtype).contiguous(memory_format=format)
+
+    return tensor
+
+
+def _batch_norm_cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
+    c = 5
+    for activation, residual, training, layout in itertools.product(
+        (None, *ACTIVATIONS), (False, True), (True, False), FORMATS
+    ):
+        tensor, format = _random(device, dtype), FORMATS[layout]
+
+        inputs = (tensor(4, c, 3, 5, format=format), tensor(c), tensor(c))
+        if residual:
+            inputs += (tensor(4, c, 3, 5, format=format),)
+        running = (tensor(c), tensor(c).square() + 0.5)
+
+        # Copies, as functional and double differentiation call this many times.
+        def function(x, weight, bias, residual=None, training=training, activation=activation, running=running):
+            mean, var = (t.clone() for t in running)
+            return batch_norm(x, mean, var, weight, bias, training, activation=activation, residual=residual)
+
+        def reference(x, weight, bias, residual=None, training=training, activation=activation, running=running):
+            mean, var = (t.to(x.dtype, copy=True) for t in running)
+            z = F.batch_norm(x, mean, var, weight, bias, training)
+            return activate(z if residual is None else z + residual, activation, 0.01)
+
+        mode = "training" if training else "evaluation"
+        name = f"{mode} {layout} {activation}{' residual' if residual else ''}"
+        yield Case(name, inputs, function, reference)
+
+
+def _batch_norm_operators(device: str, dtype: torch.dtype) -> Iterator[tuple[object, tuple]]:
+    x, residual, dy = (torch.randn(4, 5, 3, 3, device=device, dtype=dtype) for _ in range(3))
+    weight, bias, mean = (torch.randn(5, device=device, dtype=dtype) for _ in range(3))
+    var, count = mean.square() + 0.5, torch.zeros((), dtype=torch.long, device=device)
+    for training in (True, False):
+        forward = (x, residual, weight, bias, mean, var, count, training, 0.1, 1e-5, "silu", 0.01, False)
+        operator = ops.batch_norm_forward.default if training else ops.batch_norm_forward.frozen
+        _, stats, mask = operator(*forward)
+        yield operator, forward
+        backward = (dy, x, residual, weight, bias, stats, mask, training, 1e-5, "silu", 0.01, [True] * 4)
+        yield ops.batch_norm_backward.default, backward
+    yield ops.batch_norm_statistics.default, (x,)
+    means = torch.randn(2, 5, device=device, dtype=torch.float64)
+    yield ops.batch_norm_backward_elementwise.default, (dy, x, weight, stats, means)
+
+
+def _group_norm_cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
+    c = 6
+    for activation, residual, groups, layout in itertools.product((None, *ACTIVATIONS), (False, True), (2, c), FORMATS):
+        tensor, format = _random(device, dtype), FORMATS[layout]
+
+        inputs = (tensor(4, c, 3, 5, format=format), tensor(c), tensor(c))
+        if residual:
+            inputs += (tensor(4, c, 3, 5, format=format),)
+
+        def function(x, weight, bias, residual=None, groups=groups, activation=activation):
+            return group_norm(x, groups, weight, bias, activation=activation, residual=residual)
+
+        def reference(x, weight, bias, residual=None, groups=groups, activation=activation):
+            z = F.group_norm(x, groups, weight, bias)
+            return activate(z if residual is None else z + residual, activation, 0.01)
+
+        name = f"{groups} groups {layout} {activation}{' residual' if residual else ''}"
+        yield Case(name, inputs, function, reference)
+
+
+def _group_norm_operators(device: str, dtype: torch.dtype) -> Iterator[tuple[object, tuple]]:
+    x, residual, dy = (torch.randn(4, 6, 3, 3, device=device, dtype=dtype) for _ in range(3))
+    weight, bias = (torch.randn(6, device=device, dtype=dtype) for _ in range(2))
+    config = (2, 1e-5, "silu", 0.01)
+    forward = (x, residual, weight, bias, *config, False)
+    _, stats, mask = ops.group_norm_forward.default(*forward)
+    yield ops.group_norm_forward.default, forward
+    yield ops.group_norm_backward.default, (dy, x, residual, weight, bias, stats, mask, *config, [True] * 4)
+
+
+def _layer_norm_cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
+    tensor, columns = _random(device, dtype), 37
+    for norm, activation, residual in itertools.product(
+        ("layer norm", "rms norm", "sum"), (None, *ACTIVATIONS), (False, True)
+    ):
+        if norm == "sum" and not residual:
+            continue
+        inputs = (tensor(4, 3, columns), tensor(columns), tensor(columns))
+        if residual:
+            inputs += (tensor(4, 3, columns),)
+
+        def function(x, weight, bias, residual=None, norm=norm, activation=activation):
+            if norm == "sum":
+                y, h = add_layer_norm(x, residual, weight.shape, weight, bias, activation=activation)
+                return y + h
+            if norm == "rms norm":
+                return rms_norm(x, weight.shape, weight + bias, 1e-5, activation=activation, residual=residual)
+            return layer_norm(x, weight.shape, weight, bias, activation=activation, residual=residual)
+
+        def reference(x, weight, bias, residual=None, norm=norm, activation=activation):
+            if norm == "sum":
+                h = x + residual
+                return activate(F.layer_norm(h, weight.shape, weight, bias), activation, 0.01) + h
+            if norm == "rms norm":
+                z = F.rms_norm(x, weight.shape, weight + bias, 1e-5)
+            else:
+                z = F.layer_norm(x, weight.shape, weight, bias)
+            return activate(z if residual is None else z + residual, activation, 0.01)
+
+        name = f"{norm} {activation}{' residual' if residual else ''}"
+        yield Case(name, inputs, function, reference, (slice(2), slice(2), slice(None)))
+    for layout, activation in itertools.product(FORMATS, (None, *ACTIVATIONS)):
+        norm = LayerNorm2d(5, activation=activation, device=device)
+        inputs = (tensor(4, 5, 3, 5, format=FORMATS[layout]), tensor(5), tensor(5))
+
+        def function(x, weight, bias, norm=norm):
+            return torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x,))
+
+        def reference(x, weight, bias, activation=activation):
+            z = F.layer_norm(x.movedim(1, -1), weight.shape, weight, bias).movedim(-1, 1)
+            return activate(z, activation, 0.01)
+
+        yield Case(f"channels {layout} {activation}", inputs, function, reference)
+
+
+def _layer_norm_operators(device: str, dtype: torch.dtype) -> Iterator[tuple[object, tuple]]:
+    for shape, dim, columns in (((4, 3, 5), -1, 5), ((4, 5, 3, 3), 1, 5)):
+        x, addend, residual, dy, dsum = (torch.randn(shape, device=device, dtype=dtype) for _ in range(5))
+        weight, bias = (torch.randn(columns, device=device, dtype=dtype) for _ in range(2))
+        for rms in (False, True):
+            config = ([columns], dim, rms, 1e-5, "silu", 0.01)
+            forward = (x, addend, residual, weight, bias, *config, False)
+            _, h, stats, mask = ops.layer_norm_forward.default(*forward)
+            yield ops.layer_norm_forward.default, forward
+            backward = (dy, h, residual, weight, bias, stats, mask, dsum, *config, [True] * 4)
+            yield ops.layer_norm_backward.default, backward
+
+
+CHECKS: dict[str, OpCheck] = {
+    "batch_norm": OpCheck(_batch_norm_cases, _batch_norm_operators),
+    "group_norm": OpCheck(_group_norm_cases, _group_norm_operators),
+    "layer_norm": OpCheck(_layer_norm_cases, _layer_norm_operators),
+}
