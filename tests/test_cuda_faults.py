@@ -75,6 +75,48 @@ FAULTS = {
         "thread",
         "ThreadSanitizer: data race",
     ),
+    "barrier of a row removed": Fault(
+        "rows.cuh",
+        "sums[i * 32 + lane / 32] = v[i];\n    __syncthreads();",
+        "sums[i * 32 + lane / 32] = v[i];\n    if (!FAULT) __syncthreads();",
+        "thread",
+        "ThreadSanitizer: data race",
+    ),
+    "cluster barrier of a row removed": Fault(
+        "rows.cuh",
+        "    cluster_sync();\n",
+        "    if (!FAULT) cluster_sync();\n",
+        "plain",
+        r"rows\.cuh:\d+: cluster_shared\(\) before a first cluster_sync\(\)",
+    ),
+    "slot past a plane": Fault(
+        "rows.cuh",
+        "left > 0 ? (1u << int(left)) - 1 : 0;",
+        "left > 0 || FAULT ? (1u << int(left & 3)) - 1 : 0;",
+        "plain",
+        "wrong result",
+    ),
+    "columns added up too early": Fault(
+        "layer_norm_backward_rows.cuh",
+        "  __pipeline_wait_prior(0);\n  __syncthreads();\n",
+        "  __pipeline_wait_prior(0);\n  if (!FAULT) __syncthreads();\n",
+        "thread",
+        "ThreadSanitizer: data race",
+    ),
+    "slots of a plane added up too early": Fault(
+        "group_norm_backward_planes.cuh",
+        "  team.sync();\n  A sums",
+        "  if (!FAULT) team.sync();\n  A sums",
+        "thread",
+        "ThreadSanitizer: data race",
+    ),
+    "a group's mean forgotten": Fault(
+        "group_norm_resident.cuh",
+        "mean[i] = A(group_sums[channel_of_sum<T, true>(t, i) / each] * inverse);",
+        "mean[i] = FAULT ? A(0) : A(group_sums[channel_of_sum<T, true>(t, i) / each] * inverse);",
+        "plain",
+        "wrong result",
+    ),
 }
 
 
@@ -135,38 +177,88 @@ def test_fault_is_caught(run, fault):
     assert not passed and re.search(FAULTS[fault].reason, output), output or "nothing was noticed"
 
 
+def check_batch_norm(shape, layout) -> None:
+    import torch
+
+    from fastnorm.functional import batch_norm
+
+    x = torch.randn(shape).add(3).to(memory_format=layout)
+    weight, bias = torch.randn(2, shape[1])
+    mean, var = torch.zeros(shape[1]), torch.ones(shape[1])
+    y = batch_norm(x, mean, var, weight, bias, True)
+    right = torch.nn.functional.batch_norm(x.double(), None, None, weight.double(), bias.double(), True)
+    expected_mean, expected_var = x.mean((0, 2, 3)) * 0.1, 0.9 + x.var((0, 2, 3)) * 0.1
+    compare(shape, [(y, right.float()), (mean, expected_mean), (var, expected_var)])
+
+
+def check_group_norm(shape, layout, groups=2) -> None:
+    import torch
+
+    operators = torch.ops.fastnorm_emu
+    x, dy = (torch.randn(shape).add(3).to(memory_format=layout) for _ in range(2))
+    weight, bias = torch.randn(2, shape[1])
+    y, stats, _ = operators.group_norm_forward(x, None, weight, bias, groups, 1e-5, "none", 0.0, False)
+    gradients = operators.group_norm_backward(
+        dy, x, None, weight, bias, stats, None, groups, 1e-5, "none", 0.0, [True, False, True, True]
+    )
+    inputs = [t.double().requires_grad_() for t in (x, weight, bias)]
+    right = torch.nn.functional.group_norm(inputs[0], groups, *inputs[1:])
+    expected = torch.autograd.grad(right, inputs, dy.double())
+    compare(shape, [(y, right), *zip((gradients[0], *gradients[2:]), expected, strict=True)])
+
+
+def check_layer_norm(shape) -> None:
+    import torch
+
+    operators = torch.ops.fastnorm_emu
+    x, dy = torch.randn(2, *shape).add(3)
+    weight, bias, cols = *torch.randn(2, shape[1]), [shape[1]]
+    y, _, stats, _ = operators.layer_norm_forward(x, None, None, weight, bias, cols, 1, False, 1e-5, "none", 0.0, False)
+    gradients = operators.layer_norm_backward(
+        dy, x, None, weight, bias, stats, None, None, cols, 1, False, 1e-5, "none", 0.0, [True, False, True, True]
+    )
+    inputs = [t.double().requires_grad_() for t in (x, weight, bias)]
+    right = torch.nn.functional.layer_norm(inputs[0].movedim(1, -1), cols, *inputs[1:]).movedim(-1, 1)
+    expected = torch.autograd.grad(right, inputs, dy.double())
+    compare(shape, [(y, right), *zip((gradients[0], *gradients[2:]), expected, strict=True)])
+
+
+def compare(shape, results) -> None:
+    for actual, right in results:
+        if not ((actual - right).abs() <= 1e-5 * right.abs().max() + 1e-5).all():
+            sys.exit(f"wrong result for {shape}")
+
+
 def main(path: str, fault: int) -> None:
     os.environ["FASTNORM_EMULATOR_LIBRARY"] = path
     import torch
     from cuda_emulator import configure, emulation, library
 
-    from fastnorm.functional import batch_norm
-
     torch.use_deterministic_algorithms(True)  # so that torch.empty() gives NaN
     torch.manual_seed(1)
     ctypes.c_int.in_dll(library(), "fastnorm_fault").value = fault
-    cases = [  # shape, channels_last, the device: each goes another way through the kernels
-        ((3, 5, 7, 9), False, 90),  # planes that are not whole vectors
-        ((4, 6, 3, 2), False, 90),  # several channels a block
-        ((2, 3, 50, 51), False, 90),  # a cluster
-        ((3, 24, 4, 5), True, 90),
-        ((3, 7, 3, 5), True, 80),
-        ((1, 2, 150, 121), False, 75),  # more than one block's shared memory
+    planes, rows = torch.contiguous_format, torch.channels_last
+    cases = [  # check, its arguments, the device: each goes another way through the kernels
+        (check_batch_norm, ((3, 5, 7, 9), planes), 90),  # planes that are not whole vectors
+        (check_batch_norm, ((4, 6, 3, 2), planes), 90),  # several channels a block
+        (check_batch_norm, ((2, 3, 50, 51), planes), 90),  # a cluster
+        (check_batch_norm, ((3, 24, 4, 5), rows), 90),
+        (check_batch_norm, ((3, 7, 3, 5), rows), 80),
+        (check_batch_norm, ((1, 2, 150, 121), planes), 75),  # more than one block's shared memory
+        (check_group_norm, ((3, 6, 5, 7), planes), 90),
+        (check_group_norm, ((1, 4, 37, 47), planes), 90),
+        (check_group_norm, ((1, 2, 131, 141), planes), 75),
+        (check_group_norm, ((2, 24, 9, 5), rows), 90),
+        (check_group_norm, ((1, 64, 31, 23), rows), 75),
+        (check_layer_norm, ((9, 77),), 90),
+        (check_layer_norm, ((3, 1501),), 90),
+        (check_layer_norm, ((1, 20003),), 90),
+        (check_layer_norm, ((2, 9, 3, 5),), 90),
     ]
     with emulation():
-        for number, (shape, channels_last, compute_capability) in enumerate(cases):
+        for number, (check, arguments, compute_capability) in enumerate(cases):
             configure(("forward", "reverse", "random")[number % 3], compute_capability=compute_capability)
-            x = torch.randn(shape).add(3)
-            if channels_last:
-                x = x.to(memory_format=torch.channels_last)
-            weight, bias = torch.randn(2, shape[1])
-            mean, var = torch.zeros(shape[1]), torch.ones(shape[1])
-            y = batch_norm(x, mean, var, weight, bias, True)
-            right = torch.nn.functional.batch_norm(x.double(), None, None, weight.double(), bias.double(), True)
-            expected_mean, expected_var = x.mean((0, 2, 3)) * 0.1, 0.9 + x.var((0, 2, 3)) * 0.1
-            close = [(y, right.float()), (mean, expected_mean), (var, expected_var)]
-            if not all(torch.allclose(a, b, atol=1e-5, rtol=1e-5) for a, b in close):
-                sys.exit(f"wrong result for {shape}")
+            check(*arguments)
 
 
 if __name__ == "__main__":
