@@ -26,25 +26,36 @@ SMALL_SHAPES = ((2, 3, 1, 1), (3, 7, 5, 5), (4, 65, 7, 7), (2, 6, 28, 28), (2, 2
 
 
 def small_cases() -> None:
-    """A few small launches of every kernel, compared with torch: what the sanitizers run."""
-    from fastnorm.functional import batch_norm
+    """A few small launches of every kernel: what the sanitizers run."""
+    import fastnorm
+    from fastnorm.functional import add_layer_norm, batch_norm, group_norm, layer_norm, rms_norm
 
-    for shape, dtype, layout, training in itertools.product(
-        SMALL_SHAPES,
-        (torch.float32, torch.bfloat16),
-        (torch.contiguous_format, torch.channels_last),
-        (True, False),
-    ):
-        x, residual, dy = (
-            torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=layout) for _ in range(3)
-        )
-        weight, bias = (torch.rand(shape[1], device="cuda").requires_grad_() for _ in range(2))
-        running = torch.zeros(shape[1], device="cuda"), torch.ones(shape[1], device="cuda")
+    layouts = (torch.contiguous_format, torch.channels_last)
+    for shape, dtype, layout in itertools.product(SMALL_SHAPES, (torch.float32, torch.bfloat16), layouts):
+
+        def tensor(shape=shape, dtype=dtype, layout=layout) -> torch.Tensor:
+            return torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=layout)
+
+        x, residual, dy = tensor().requires_grad_(), tensor(), tensor()
+        c, row = shape[1], shape[-1:]
+        weight, bias, scale = (torch.rand(n, device="cuda").requires_grad_() for n in (c, c, row[0]))
+        running = torch.zeros(c, device="cuda"), torch.ones(c, device="cuda")
+        channels = fastnorm.LayerNorm2d(c, device="cuda")
         for activation, added in ((None, None), ("relu", None), ("relu", residual), ("silu", residual)):
-            x.requires_grad_()
-            y = batch_norm(x, *running, weight, bias, training, activation=activation, residual=added)
-            grads = torch.autograd.grad(y, (x, weight, bias), dy)
-            assert all(g.isfinite().all() for g in (y, *grads)), (shape, dtype, activation)
+            fused = {"activation": activation, "residual": added}
+            outputs = [
+                batch_norm(x, *running, weight, bias, False, **fused),
+                layer_norm(x, row, scale, **fused),
+                rms_norm(x, row, scale, **fused),
+                add_layer_norm(x, residual, row, scale)[0],
+                channels(x, added),
+            ]
+            if shape[0] * shape[2] * shape[3] > 1:
+                outputs.append(batch_norm(x, *running, weight, bias, True, **fused))
+                outputs += [group_norm(x, groups, weight, bias, **fused) for groups in (1, c)]
+            for y in outputs:
+                grads = torch.autograd.grad(y, (x, weight, bias, scale), dy, allow_unused=True)
+                assert all(t.isfinite().all() for t in (y, *grads) if t is not None), (shape, dtype, activation)
     torch.cuda.synchronize()
     print("small cases: done")
 
@@ -101,7 +112,7 @@ def main() -> None:
     if step("build", [python, "setup.py", "build_ext", "--inplace"], 150):
         step(
             "tests on cuda",
-            [python, "-m", "pytest", "tests", "-k", "cuda and not emulation", "-x", "--maxfail=20"],
+            [python, "-m", "pytest", "tests", "-k", CUDA_TESTS, "--maxfail=20"],
             150,
         )
         sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
