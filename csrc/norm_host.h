@@ -33,7 +33,7 @@ inline at::ScalarType parameter_scalar_type(const OptionalTensor& weight, const 
   return p ? p->scalar_type() : accumulate_scalar_type(x.scalar_type());
 }
 
-// What forward kept for backward: statistics of `rows` rows, `rows_of` numbers each, and perhaps a mask.
+// What forward kept for backward: so many numbers for each of the groups that have statistics, and perhaps a mask.
 inline void check_saved(const Tensor& stats, const c10::SymInt& numbers, const c10::SymInt& groups,
                         const OptionalTensor& mask, const c10::SymInt& mask_bytes, const Tensor& x, const char* op) {
   TORCH_CHECK(stats.dim() == 2 && stats.sym_size(0) == numbers && stats.sym_size(1) == groups &&
