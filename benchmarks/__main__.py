@@ -32,7 +32,7 @@ def main() -> None:
     against = args.against.split(",")
     if bad := set(against) - {"eager", "compile"}:
         parser.error(f"--against takes eager and compile, got {', '.join(sorted(bad))}")
-    rows = []
+    rows: list[common.Row] = []
     for threads in (torch.get_num_threads() if t == "all" else int(t) for t in args.threads.split(",")):
         about = common.machine(args.device, threads)
         print(", ".join(f"{k} {v}" for k, v in about.items()))
@@ -45,11 +45,14 @@ def main() -> None:
                     args.device, dtype, layout, against, args.quick
                 )
             ]
-            measured = common.measure(cases, device=args.device, threads=threads, seconds=args.seconds)
+
+            def done(row: common.Row, about: dict = about) -> None:
+                rows.append(row)
+                if args.json:  # every time: a run that is cut short leaves what it measured
+                    common.write_json(args.json, rows, about)
+
+            measured = common.measure(cases, device=args.device, threads=threads, seconds=args.seconds, done=done)
             print(common.table(measured), flush=True)
-            rows += measured
-    if args.json:
-        common.write_json(args.json, rows, about)
     if args.plot:
         common.plot(args.plot, rows, about)
 

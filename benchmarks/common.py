@@ -88,45 +88,50 @@ def time_cpu(ours: Run, theirs: Run, threads: int, seconds: float) -> tuple[floa
     )
 
 
-def time_cuda(ours: Run, theirs: Run, seconds: float) -> tuple[float, float, float]:
-    """The same on a GPU, the L2 cache flushed before every run."""
+def time_cuda(run: Run, seconds: float) -> float:
+    """Median seconds on a GPU, the L2 cache flushed before every run."""
     from triton.testing import do_bench
 
-    each = [do_bench(run, warmup=25, rep=int(seconds * 500), return_mode="median") / 1e3 for run in (ours, theirs)]
-    return each[0], each[1], each[1] / each[0]
+    return do_bench(run, warmup=max(1, int(seconds * 250)), rep=max(1, int(seconds * 500)), return_mode="median") / 1e3
 
 
-def measure(cases: Iterable[Case], *, device: str, threads: int, seconds: float, progress: bool = True) -> list[Row]:
-    """Checks and times every case."""
-    cases = list(cases)
-    if progress:
-        from tqdm import tqdm
+def measure(
+    cases: Iterable[Case], *, device: str, threads: int, seconds: float, done: Callable[[Row], None] | None = None
+) -> list[Row]:
+    """Checks and times every case; done(row) is called as each one is, so that a run cut short has said what it saw."""
+    from tqdm import tqdm
 
-        cases = tqdm(cases, unit="case", dynamic_ncols=True)
+    cases = tqdm(list(cases), unit="case", dynamic_ncols=True, disable=None)
+    copies: dict[tuple[int, str], float] = {}  # a copy's seconds, which depend on no more than these
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     rows = []
     try:
         for case in cases:
-            if progress:
-                cases.set_description(f"{case.op} {'x'.join(map(str, case.shape))} {case.layout} {case.what}")
+            cases.set_description(f"{case.op} {'x'.join(map(str, case.shape))} {case.layout} {case.what}")
             check(case)
             row = Row(case.op, case.shape, case.layout, case.dtype, case.what, 0, 0, 0, case.floor)
-            for name, theirs in case.theirs.items():
-                if device == "cuda":
-                    ours_s, theirs_s, ratio = time_cuda(case.ours, theirs, seconds)
-                    row.warm_ms = 1e3 * Timer("run()", globals={"run": case.ours}).blocked_autorange().median
-                else:
-                    ours_s, theirs_s, ratio = time_cpu(case.ours, theirs, threads, seconds)
-                row.ms, row.their_ms[name], row.speedup[name] = ours_s * 1e3, theirs_s * 1e3, ratio
-            copy_s = (
-                time_cuda(case.copy, case.copy, 0.1)[0]
-                if device == "cuda"
-                else time_cpu(case.copy, case.copy, threads, 0.05)[0]
-            )
+            key = (case.copy_bytes, case.layout)
+            if device == "cuda":
+                ours_s = time_cuda(case.ours, seconds)
+                row.warm_ms = 1e3 * Timer("run()", globals={"run": case.ours}).blocked_autorange(min_run_time=0.05).median
+                for name, theirs in case.theirs.items():
+                    row.their_ms[name] = time_cuda(theirs, seconds) * 1e3
+                    row.speedup[name] = row.their_ms[name] / (ours_s * 1e3)
+                if key not in copies:
+                    copies[key] = time_cuda(case.copy, 0.1)
+                copy_s = copies[key]
+            else:
+                for name, theirs in case.theirs.items():
+                    ours_s, theirs_s, row.speedup[name] = time_cpu(case.ours, theirs, threads, seconds)
+                    row.their_ms[name] = theirs_s * 1e3
+                copy_s = time_cpu(case.copy, case.copy, threads, 0.05)[0]
+            row.ms = ours_s * 1e3
             row.gb_per_s = case.floor / row.ms / 1e6
             row.share_of_copy = row.gb_per_s / (case.copy_bytes / copy_s / 1e9)
             rows.append(row)
+            if done:
+                done(row)
     finally:
         torch.set_num_threads(before)
     return rows

@@ -161,7 +161,7 @@ def _checked_group_norm(
     negative_slope: float,
 ) -> Tensor:
     if torch._C._is_any_autocast_enabled():
-        x, residual, weight, bias = autocast_to_float32(x, residual, weight, bias)
+        x, residual, weight, bias = autocast_to_float32("group_norm", x, residual, weight, bias)
     # As torch, which counts the samples too; what has fewer dimensions or no groups the operator refuses.
     if x.dim() >= 2 and groups > 0 and x.numel() == groups:
         raise ValueError(

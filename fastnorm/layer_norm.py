@@ -233,7 +233,8 @@ def _layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """y, and x + addend; over the normalized_shape's dimensions from `dim` on."""
     if torch._C._is_any_autocast_enabled():
-        x, addend, residual, weight, bias = autocast_to_float32(x, addend, residual, weight, bias)
+        operator = "rms_norm" if rms else "layer_norm"
+        x, addend, residual, weight, bias = autocast_to_float32(operator, x, addend, residual, weight, bias)
     if eps is None:
         eps = torch.finfo(x.dtype if x.dtype == torch.float64 else torch.float32).eps
     args = (normalized_shape, dim, rms, eps, activation or "none", negative_slope)

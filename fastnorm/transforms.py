@@ -108,10 +108,19 @@ def _gradients(
     return [grads.get(i, dz) for i in wanted]  # a residual that the mask stands for: dz
 
 
-def autocast_to_float32(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """Where autocast runs torch's layer norm and group norm in float32, which it does but on the CPU: casts."""
+# (operator, device type) where autocast runs torch's norms in float32: which it is depends on torch's version.
+_FLOAT32_UNDER_AUTOCAST = frozenset(
+    (operator, device)
+    for operator in ("layer_norm", "group_norm", "rms_norm")
+    for device in ("cpu", "cuda", "mps", "xpu")
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operator}", f"Autocast{device.upper()}")
+)
+
+
+def autocast_to_float32(operator: str, x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """Casts where autocast runs torch's operator of that name in float32."""
     device = x.device.type
-    if device in ("cpu", "meta") or not torch.is_autocast_enabled(device):
+    if (operator, device) not in _FLOAT32_UNDER_AUTOCAST or not torch.is_autocast_enabled(device):
         return x, *others
     return tuple(
         t.float() if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, *others)

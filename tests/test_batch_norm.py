@@ -59,7 +59,9 @@ def by_fastnorm(a):
 
 
 def by_torch(a):
-    z = F.batch_norm(a.x, a.running_mean, a.running_var, a.weight, a.bias, a.training, a.momentum, a.eps)
+    # its CUDA backward fails for a bias without a weight
+    weight = torch.ones_like(a.bias) if a.weight is None and a.bias is not None else a.weight
+    z = F.batch_norm(a.x, a.running_mean, a.running_var, weight, a.bias, a.training, a.momentum, a.eps)
     return activate(z if a.residual is None else z + a.residual, a.activation, a.negative_slope)
 
 

@@ -132,12 +132,14 @@ def by_torch(c):
     def argument(c):
         h = c.x if c.addend is None else c.x + c.addend
         last = h.movedim(1, -1) if c.dim == 1 else h
+        if c.weight is not None and c.weight.dtype != h.dtype:  # which not every kernel of torch takes
+            last = last.to(c.weight.dtype)
         if c.rms:
             z = F.rms_norm(last, c.normalized_shape, c.weight, c.eps)
             z = z if c.bias is None else z + c.bias
         else:
             z = F.layer_norm(last, c.normalized_shape, c.weight, c.bias, c.eps)
-        z = z.movedim(-1, 1) if c.dim == 1 else z
+        z = (z.movedim(-1, 1) if c.dim == 1 else z).to(h.dtype)
         return (z if c.residual is None else z + c.residual), h
 
     return by_autograd(c, argument, activate)
