@@ -20,15 +20,17 @@ __device__ __forceinline__ void differentiate_plane(const GroupNormBackward& a, 
   A z[V];
 #pragma unroll
   for (int i = 0; i < V; i++) {
-    const A value = widen(x.lane[i]);
-    to.distance[i] = s.valid >> i & 1 ? value - affine.mean : A(0);
-    z[i] = affine(value);
+    to.distance[i] = s.valid >> i & 1 ? widen(x.lane[i]) - affine.mean : A(0);
     to.dz[i] = widen(dy.lane[i]);
   }
-  if (needs.residual) {
-    const Vector<T> residual = load(static_cast<const T*>(a.residual) + s.offset, s.valid);
+  if (needs.z) {
 #pragma unroll
-    for (int i = 0; i < V; i++) z[i] += widen(residual.lane[i]);
+    for (int i = 0; i < V; i++) z[i] = affine(widen(x.lane[i]));
+    if (needs.residual) {
+      const Vector<T> residual = load(static_cast<const T*>(a.residual) + s.offset, s.valid);
+#pragma unroll
+      for (int i = 0; i < V; i++) z[i] += widen(residual.lane[i]);
+    }
   }
   const unsigned bits = needs.mask ? part.read_mask(a.mask, s) : 0;
   differentiate_lanes<T, kGeneral>(a.activation, needs.mask, bits, z, to.dz, A(a.negative_slope));
@@ -116,30 +118,35 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   const GroupNormRows::Row<T> row(a, known, stats);
   __pipeline_wait_prior(0);
   if (!t.wide) team.sync();
-  PlaneSlot<T> slot;
-  for (int i = team.lane; i < part.count; i += team.size) {
-    const RowSlot s = part[i];
-    A v[2] = {0, 0};
-    differentiate_plane<T, kGeneral>(a, needs, part, s, row.lanes(a, s, t), x[i], dy[i], slot);
-    add_up<T>(slot, v);
-    slots[2 * i] = v[0], slots[2 * i + 1] = v[1];
-  }
+  with_constant(t.simple, [&](auto simple) {
+    for (int i = team.lane; i < part.count; i += team.size) {
+      const RowSlot s = part.template at<simple>(i);
+      A v[2] = {0, 0};
+      PlaneSlot<T> slot;
+      differentiate_plane<T, kGeneral>(a, needs, part, s, row.lanes(a, s, t), x[i], dy[i], slot);
+      add_up<T>(slot, v);
+      slots[2 * i] = v[0], slots[2 * i + 1] = v[1];
+    }
+  });
   team.sync();
   A sums[2] = {0, 0};
   sum_planes<T>(a, part, team, slots, channels, sums);
   if (a.dx || a.dresidual) {
     team.sum(sums);
     const auto g = group_gradient<A>(stats, double(sums[0]), double(sums[1]), double(t.row_length()));
-    for (int i = team.lane; i < part.count; i += team.size) {
-      const RowSlot s = part[i];
-      const Affine<A> affine = row.lanes(a, s, t);
-      differentiate_plane<T, kGeneral>(a, needs, part, s, affine, x[i], dy[i], slot);
-      const Vector<T> dx = gradient_slot(slot, affine.scale, g), dz = narrow<T>(slot.dz);
-      if (t.wide)
-        write_gradients(a, s, dx, dz);
-      else
-        x[i] = dx, dy[i] = dz;
-    }
+    with_constant(t.simple, [&](auto simple) {
+      for (int i = team.lane; i < part.count; i += team.size) {
+        const RowSlot s = part.template at<simple>(i);
+        const Affine<A> affine = row.lanes(a, s, t);
+        PlaneSlot<T> slot;
+        differentiate_plane<T, kGeneral>(a, needs, part, s, affine, x[i], dy[i], slot);
+        const Vector<T> dx = gradient_slot(slot, affine.scale, g), dz = narrow<T>(slot.dz);
+        if (simple || t.wide)
+          write_gradients(a, s, dx, dz);
+        else
+          x[i] = dx, dy[i] = dz;
+      }
+    });
     if (!t.wide) {
       team.sync();
       if (a.dx) scatter_elements(part, team, x, a.dx);
@@ -163,16 +170,18 @@ template <class T, bool kGeneral, class Part, class Map, class F>
 __device__ __forceinline__ void stream_planes(const GroupNormBackward& a, const Part& part, int lane, int size, Map map,
                                               F f) {
   const Needs needs(a);
+  with_constant(part.t.simple, [&](auto simple) {
 #pragma unroll 2
-  for (int i = lane; i < part.count; i += size) {
-    const RowSlot s = part[i];
-    const Vector<T> x = load(static_cast<const T*>(a.x) + s.offset, s.valid);
-    const Vector<T> dy = load(static_cast<const T*>(a.dy) + s.offset, s.valid);
-    const Affine<Accumulate<T>> affine = map(s);
-    PlaneSlot<T> slot;
-    differentiate_plane<T, kGeneral>(a, needs, part, s, affine, x, dy, slot);
-    f(s, affine, slot);
-  }
+    for (int i = lane; i < part.count; i += size) {
+      const RowSlot s = part.template at<simple>(i);
+      const Vector<T> x = load(static_cast<const T*>(a.x) + s.offset, s.valid);
+      const Vector<T> dy = load(static_cast<const T*>(a.dy) + s.offset, s.valid);
+      const Affine<Accumulate<T>> affine = map(s);
+      PlaneSlot<T> slot;
+      differentiate_plane<T, kGeneral>(a, needs, part, s, affine, x, dy, slot);
+      f(s, affine, slot);
+    }
+  });
 }
 
 // Sums of a plane, or of a part of one; here t's rows are planes.

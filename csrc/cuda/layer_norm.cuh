@@ -50,11 +50,12 @@ struct LayerNormRows {
     template <class Args>
     __device__ __forceinline__ Row(const Args&, int64_t, const RowStats<A>& s) : normalize(s) {}
     template <class Args>
-    __device__ __forceinline__ static Lanes lanes(const Args& a, const RowSlot& s, const Rows& t) {
+    __device__ __forceinline__ static Lanes lanes(const Args& a, const RowSlot& s, const Rows& t,
+                                                  bool with_bias = true) {
       Lanes l;
       const unsigned valid = s.valid & kAllLanes<T>;
       read_lanes<T>(l.weight, a.weight, a.param_dtype, s.element, valid, t.wide_parameters, A(1));
-      read_lanes<T>(l.bias, a.bias, a.param_dtype, s.element, valid, t.wide_parameters, A(0));
+      read_lanes<T>(l.bias, with_bias ? a.bias : nullptr, a.param_dtype, s.element, valid, t.wide_parameters, A(0));
       return l;
     }
     __device__ __forceinline__ void apply(const Lanes& l, A (&z)[kLanes<T>]) const {

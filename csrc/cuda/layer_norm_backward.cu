@@ -33,14 +33,14 @@ struct RowBackwardPlan {
     rows = all;
     resident = all.slots <= 1 << 16;
     if (resident) {
-      set_team<T>(rows, kRowThreads, 128);
+      set_team<T>(rows, kBackwardThreads<T>, 128, 2);
       rows.tensors = 4;
       if (bytes() > kGoodRowBytes && 2 * bytes() > limit) rows.tensors = 2;
       resident = bytes() <= limit;
     }
     if (resident) {
       const int64_t teams = rows.teams(), turns = (a.outer + teams - 1) / teams;
-      const int64_t blocks = sm_count() * std::max<int64_t>(1, std::min<int64_t>(limit / bytes(), 512 / rows.threads));
+      const int64_t blocks = sm_count() * std::max<int64_t>(1, std::min<int64_t>(limit / bytes(), 768 / rows.threads));
       block_rows = std::min<int64_t>((turns + blocks - 1) / blocks, 1024) * teams;
       parts = (a.outer + block_rows - 1) / block_rows;
     } else {
@@ -75,7 +75,7 @@ struct RowBackwardPlan {
       }
     }
     if (error != cudaSuccess || !parameters) return error;
-    return launch_parameter_finish(a, a.workspace, accumulate_type(a.dtype), parts, stream);
+    return launch_parameter_finish<A>(a, a.workspace, parts, stream);
   }
 };
 

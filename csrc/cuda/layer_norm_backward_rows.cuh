@@ -7,6 +7,10 @@ namespace {
 
 // ---- Resident -------------------------------------------------------------------------------------------------------
 
+// Of a block, at most: registers are 128 to a thread then, of float64 twice as many.
+template <class T>
+constexpr int kBackwardThreads = sizeof(T) == 8 ? 256 : 512;
+
 // A thread's own share of the sums of dz * normalized and of dz per column, 16 bytes apart so that no banks conflict.
 template <class T>
 struct ColumnSums {
@@ -45,17 +49,19 @@ template <class T>
 __device__ __forceinline__ void fetch_row(const LayerNormBackward& a, const RowPart<T, false>& part, const Team& team,
                                           Vector<T>* to) {
   const int slots = part.t.part_slots;
+  with_constant(part.t.simple, [&](auto simple) {
 #pragma unroll 2
-  for (int i = team.lane; i < part.count; i += team.size) {
-    const RowSlot s = part[i];
-    const T *const x = static_cast<const T*>(a.x) + s.offset, *const dy = static_cast<const T*>(a.dy) + s.offset;
-    if (s.valid == kAllLanes<T>) {
-      __pipeline_memcpy_async(&to[i], x, 16);
-      __pipeline_memcpy_async(&to[slots + i], dy, 16);
-    } else {
-      to[i] = load(x, s.valid), to[slots + i] = load(dy, s.valid);
+    for (int i = team.lane; i < part.count; i += team.size) {
+      const RowSlot s = part.template at<simple>(i);
+      const T *const x = static_cast<const T*>(a.x) + s.offset, *const dy = static_cast<const T*>(a.dy) + s.offset;
+      if (s.valid == kAllLanes<T>) {
+        __pipeline_memcpy_async(&to[i], x, 16);
+        __pipeline_memcpy_async(&to[slots + i], dy, 16);
+      } else {
+        to[i] = load(x, s.valid), to[slots + i] = load(dy, s.valid);
+      }
     }
-  }
+  });
   __pipeline_commit();
 }
 
@@ -76,7 +82,7 @@ __device__ __forceinline__ void write_columns(const LayerNormBackward& a, const 
 // Each team takes every teams-th of its block's rows.  The next row's x and dy are on their way while one is worked on,
 // if there is room (t.tensors is 4 then, else 2).
 template <class T, bool kGeneral>
-__global__ void __launch_bounds__(kRowThreads, kGeneral && sizeof(T) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kBackwardThreads<T>, 1)
     layer_norm_backward_resident_kernel(LayerNormBackward a, Rows t, int64_t block_rows) {
   using A = Accumulate<T>;
   FASTNORM_DYNAMIC_SHARED(unsigned char, memory);
@@ -113,21 +119,26 @@ __global__ void __launch_bounds__(kRowThreads, kGeneral && sizeof(T) == 8 ? 1 : 
       __pipeline_wait_prior(0);
     }
     const Vector<T>*const x = stage(turn), *const dy = x + slots;
-    LayerSlot<T> slot;
     A sums[2] = {0, 0};
-    for (int i = team.lane; i < part.count; i += team.size) {
-      differentiate_row<T, kGeneral>(a, needs, part, part[i], normalize, x[i], dy[i], slot);
-      add_up<T>(slot, sums);
-      if (parameters) columns.add(i, slot);
-    }
+    with_constant(t.simple, [&](auto simple) {
+      for (int i = team.lane; i < part.count; i += team.size) {
+        LayerSlot<T> slot;
+        differentiate_row<T, kGeneral>(a, needs, part, part.template at<simple>(i), normalize, x[i], dy[i], slot);
+        add_up<T>(slot, sums);
+        if (parameters) columns.add(i, slot);
+      }
+    });
     if (a.dx || a.dresidual) {
       team.sum(sums);
       const A mean = a.rms ? A(0) : sums[0] * inverse, slope = sums[1] * inverse;
-      for (int i = team.lane; i < part.count; i += team.size) {
-        const RowSlot s = part[i];
-        differentiate_row<T, kGeneral>(a, needs, part, s, normalize, x[i], dy[i], slot);
-        write_gradients<T>(a, slot, s, stats.rstd, mean, slope);
-      }
+      with_constant(t.simple, [&](auto simple) {
+        for (int i = team.lane; i < part.count; i += team.size) {
+          const RowSlot s = part.template at<simple>(i);
+          LayerSlot<T> slot;
+          differentiate_row<T, kGeneral>(a, needs, part, s, normalize, x[i], dy[i], slot);
+          write_gradients<T>(a, slot, s, stats.rstd, mean, slope);
+        }
+      });
     }
     if (stages == 1) fetch_row(a, part_of(turn + 1), team, stage(0));
   }
@@ -157,15 +168,17 @@ template <class T, bool kGeneral, class F>
 __device__ __forceinline__ void stream_row(const LayerNormBackward& a, const RowPart<T, false>& part,
                                            const Normalize<Accumulate<T>>& normalize, F f) {
   const Needs needs(a);
+  with_constant(part.t.simple, [&](auto simple) {
 #pragma unroll 2
-  for (int i = int(threadIdx.x); i < part.count; i += part.t.threads) {
-    const RowSlot s = part[i];
-    const Vector<T> x = load(static_cast<const T*>(a.x) + s.offset, s.valid);
-    const Vector<T> dy = load(static_cast<const T*>(a.dy) + s.offset, s.valid);
-    LayerSlot<T> slot;
-    differentiate_row<T, kGeneral>(a, needs, part, s, normalize, x, dy, slot);
-    f(s, slot);
-  }
+    for (int i = int(threadIdx.x); i < part.count; i += part.t.threads) {
+      const RowSlot s = part.template at<simple>(i);
+      const Vector<T> x = load(static_cast<const T*>(a.x) + s.offset, s.valid);
+      const Vector<T> dy = load(static_cast<const T*>(a.dy) + s.offset, s.valid);
+      LayerSlot<T> slot;
+      differentiate_row<T, kGeneral>(a, needs, part, s, normalize, x, dy, slot);
+      f(s, slot);
+    }
+  });
 }
 
 template <class T, bool kGeneral>

@@ -144,7 +144,7 @@ struct ColumnBackwardPlan {
     const cudaError_t error = launch(layer_norm_columns_backward_kernel<T, kGeneral>, dim3(unsigned(blocks)),
                                      dim3(kColumnThreads), bytes(), stream, a, tiles, block_tiles, sums_in_shared);
     if (error != cudaSuccess || !parameters) return error;
-    return launch_parameter_finish(a, a.workspace, accumulate_type(a.dtype), blocks, stream);
+    return launch_parameter_finish<A>(a, a.workspace, blocks, stream);
   }
 };
 

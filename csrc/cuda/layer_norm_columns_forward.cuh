@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2)
 #pragma unroll
         for (int i = 0; i < V; i++) z[i] += widen(residual.lane[i]);
       }
-      on = activate_lanes<T, kGeneral>(a.activation, z, A(a.negative_slope)) & at.valid & kAllLanes<T>;
+      on = activate_lanes<T, kGeneral>(a.activation, z, A(a.negative_slope), a.mask) & at.valid & kAllLanes<T>;
       store(static_cast<T*>(a.y) + at.offset(col), narrow<T>(z), at.valid);
     }
     if (!a.mask) continue;

@@ -20,11 +20,14 @@ __device__ __forceinline__ void differentiate_slot(const LayerNormBackward& a, c
   constexpr int V = kLanes<T>;
   A z[V];
 #pragma unroll
-  for (int i = 0; i < V; i++) {
-    to.normalized[i] = normalize(i, widen(x.lane[i]));
-    z[i] = fused(to.normalized[i], l.weight[i], l.bias[i]);
-    if (needs.residual) z[i] += widen(residual.lane[i]);
-    to.dz[i] = widen(dy.lane[i]);
+  for (int i = 0; i < V; i++) to.normalized[i] = normalize(i, widen(x.lane[i])), to.dz[i] = widen(dy.lane[i]);
+  if (needs.z) {
+#pragma unroll
+    for (int i = 0; i < V; i++) z[i] = fused(to.normalized[i], l.weight[i], l.bias[i]);
+    if (needs.residual) {
+#pragma unroll
+      for (int i = 0; i < V; i++) z[i] += widen(residual.lane[i]);
+    }
   }
   differentiate_lanes<T, kGeneral>(a.activation, needs.mask, bits, z, to.dz, A(a.negative_slope));
 #pragma unroll
@@ -39,7 +42,7 @@ template <class T, bool kGeneral, class Part>
 __device__ __forceinline__ void differentiate_row(const LayerNormBackward& a, const Needs& needs, const Part& part,
                                                   const RowSlot& s, const Normalize<Accumulate<T>>& normalize,
                                                   const Vector<T>& x, const Vector<T>& dy, LayerSlot<T>& to) {
-  const auto lanes = LayerNormRows::Row<T>::lanes(a, s, part.t);
+  const auto lanes = LayerNormRows::Row<T>::lanes(a, s, part.t, needs.z);
   const Vector<T> residual = needs.residual ? load(static_cast<const T*>(a.residual) + s.offset, s.valid) : zeros<T>();
   const unsigned bits = needs.mask ? part.read_mask(a.mask, s) : 0;
   differentiate_slot<T, kGeneral>(
@@ -91,20 +94,21 @@ __device__ __forceinline__ void write_gradients(const LayerNormBackward& a, cons
 
 __host__ __device__ inline bool wants_parameters(const LayerNormBackward& a) { return a.dweight || a.dbias; }
 
-constexpr int kParameterColumns = 32, kParameterTeams = 8;
+constexpr int kParameterColumns = 32, kParameterTeams = 32;
 
 // dweight and dbias from A [parts][2][cols] partial sums, always added up in the same order.
+template <class A>
 __global__ void __launch_bounds__(kParameterColumns* kParameterTeams)
-    layer_norm_parameter_finish_kernel(LayerNormBackward a, const void* partials, DType type, int64_t parts) {
+    layer_norm_parameter_finish_kernel(LayerNormBackward a, const A* __restrict__ partials, int64_t parts) {
   FASTNORM_SHARED(double, scratch, 2 * kParameterColumns * kParameterTeams);
   const int lane = int(threadIdx.x) % kParameterColumns, team = int(threadIdx.x) / kParameterColumns;
   const int64_t column = int64_t(blockIdx.x) * kParameterColumns + lane;
   double weight = 0, bias = 0;
   if (column < a.cols) {
-#pragma unroll 4
+#pragma unroll 8
     for (int64_t part = team; part < parts; part += kParameterTeams) {
-      weight += read(partials, type, 2 * part * a.cols + column);
-      bias += read(partials, type, (2 * part + 1) * a.cols + column);
+      weight += double(partials[2 * part * a.cols + column]);
+      bias += double(partials[(2 * part + 1) * a.cols + column]);
     }
   }
   scratch[threadIdx.x] = weight;
@@ -114,16 +118,18 @@ __global__ void __launch_bounds__(kParameterColumns* kParameterTeams)
   void* const to = team == 0 ? a.dweight : a.dbias;
   if (!to) return;
   double sum = 0;
+#pragma unroll 8
   for (int i = 0; i < kParameterTeams; i++) sum += scratch[(team * kParameterTeams + i) * kParameterColumns + lane];
   write(to, a.param_dtype, column, sum);
 }
 
-inline cudaError_t launch_parameter_finish(const LayerNormBackward& a, const void* partials, DType type, int64_t parts,
-                                           cudaStream_t stream) {
+template <class A>
+cudaError_t launch_parameter_finish(const LayerNormBackward& a, const void* partials, int64_t parts,
+                                    cudaStream_t stream) {
   const int64_t blocks = (a.cols + kParameterColumns - 1) / kParameterColumns;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  return launch(layer_norm_parameter_finish_kernel, dim3(unsigned(blocks)), dim3(kParameterColumns * kParameterTeams),
-                0, stream, a, partials, type, parts);
+  return launch(layer_norm_parameter_finish_kernel<A>, dim3(unsigned(blocks)),
+                dim3(kParameterColumns * kParameterTeams), 0, stream, a, static_cast<const A*>(partials), parts);
 }
 
 }  // namespace

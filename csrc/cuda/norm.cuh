@@ -108,26 +108,31 @@ __device__ __forceinline__ bool has_slope_one(Activation a, A z) {
   return activation_gradient(a, z, A(0)) == A(1);
 }
 
-// z = activation(z), and a bit for each lane where the slope is 1.
+// z = activation(z), and, where that is wanted, a bit for each lane where the slope is 1.
 template <class T, bool kGeneral, class A>
-__device__ __forceinline__ unsigned activate_lanes(Activation activation, A (&z)[kLanes<T>], A negative_slope) {
+__device__ __forceinline__ unsigned activate_lanes(Activation activation, A (&z)[kLanes<T>], A negative_slope,
+                                                   bool wanted) {
   unsigned bits = 0;
   if constexpr (kGeneral) {
     with_activation(activation, [&](auto a) {
       constexpr Activation kActivation = decltype(a)::value;
+      if constexpr (kTwoSlopes<kActivation>) {
+        if (wanted) {
 #pragma unroll
-      for (int i = 0; i < kLanes<T>; i++) {
-        if constexpr (kTwoSlopes<kActivation>) bits |= unsigned(has_slope_one(kActivation, z[i])) << i;
-        z[i] = activate(kActivation, z[i], negative_slope);
+          for (int i = 0; i < kLanes<T>; i++) bits |= unsigned(has_slope_one(kActivation, z[i])) << i;
+        }
       }
+#pragma unroll
+      for (int i = 0; i < kLanes<T>; i++) z[i] = activate(kActivation, z[i], negative_slope);
     });
   } else {
-    const bool rectify = activation == Activation::kRelu;
+    if (wanted) {
 #pragma unroll
-    for (int i = 0; i < kLanes<T>; i++) {
-      const bool off = z[i] <= 0;
-      bits |= unsigned(!off) << i;
-      if (rectify && off) z[i] = 0;
+      for (int i = 0; i < kLanes<T>; i++) bits |= unsigned(!(z[i] <= 0)) << i;
+    }
+    if (activation == Activation::kRelu) {
+#pragma unroll
+      for (int i = 0; i < kLanes<T>; i++) z[i] = z[i] <= 0 ? A(0) : z[i];
     }
   }
   return bits;
@@ -139,11 +144,13 @@ __device__ __forceinline__ void differentiate_lanes(Activation activation, bool 
                                                     const A (&z)[kLanes<T>], A (&dz)[kLanes<T>], A negative_slope) {
   constexpr int V = kLanes<T>;
   if constexpr (!kGeneral) {
-    const bool rectify = activation == Activation::kRelu;
+    if (activation != Activation::kRelu) return;
+    if (masked) {
 #pragma unroll
-    for (int i = 0; i < V; i++) {
-      const bool off = masked ? !(bits >> i & 1) : z[i] <= 0;
-      if (rectify && off) dz[i] = 0;
+      for (int i = 0; i < V; i++) dz[i] = bits >> i & 1 ? dz[i] : A(0);
+    } else {
+#pragma unroll
+      for (int i = 0; i < V; i++) dz[i] = z[i] <= 0 ? A(0) : dz[i];
     }
   } else {
     with_activation(activation, [&](auto constant) {
@@ -161,14 +168,16 @@ __device__ __forceinline__ void differentiate_lanes(Activation activation, bool 
   }
 }
 
-// What a backward pass needs beside x and dy.
+// What a backward pass needs beside x and dy: z, and for it the residual, or the mask.
 struct Needs {
-  bool residual, mask;
+  bool z, residual, mask;
   template <class Args>
   __device__ explicit Needs(const Args& a)
-      : residual(a.residual && !a.mask && a.activation != Activation::kNone),
+      : z(!a.mask && a.activation != Activation::kNone),
+        residual(a.residual && z),
         mask(a.mask && a.activation != Activation::kNone) {}
 };
+
 
 // Calls f with a value of the type.
 template <class F>

@@ -28,6 +28,9 @@ struct Rows {
   bool wide;                   // planes of all tensors begin at 16-byte boundaries
   bool wide_parameters;        // weight and bias do
   bool whole;                  // slots have all lanes
+  bool simple;                 // all of these, and slots of a row can be counted in 31 bits
+  unsigned divisor;            // slot / plane_slots = slot * divisor >> divisor_shift, where rows are simple
+  int divisor_shift;
   int team;                    // threads that share a row or a part of one: some of a warp, or all of a block
   int threads;                 // of a block
   int parts;                   // of a row: the blocks of a cluster, or blocks that leave partial sums
@@ -53,10 +56,12 @@ struct RowPart {
   const Rows& t;
   int64_t row, start;   // of the row in x
   int64_t plane, slot;  // where the part begins
+  int64_t begin;        // its first element in x, where rows are simple
   int count;            // of slots; 0 where there is no such row
 
   __device__ __forceinline__ RowPart(const Rows& rows, int64_t r, int part)
       : t(rows), row(r), start(r * rows.row_length()), plane(0), slot(int64_t(part) * rows.part_slots) {
+    begin = start + slot * kLanes<T>;
     count = r < t.rows ? int(max(int64_t(0), min(int64_t(t.part_slots), t.slots - slot))) : 0;
     if (kPlanes && slot >= t.plane_slots) plane = slot / t.plane_slots, slot -= plane * t.plane_slots;
   }
@@ -71,6 +76,21 @@ struct RowPart {
     unsigned valid = left >= V ? kAllLanes<T> : left > 0 ? (1u << int(left)) - 1 : 0;
     if (!t.wide) valid |= 1u << V;  // so that it is not kAllLanes
     return {start + p * t.length + element, p, element, valid};
+  }
+  // The same; kSimple: where rows are simple, for i below count.
+  template <bool kSimple>
+  __device__ __forceinline__ RowSlot at(int i) const {
+    constexpr int V = kLanes<T>;
+    if constexpr (!kSimple) {
+      return (*this)[i];
+    } else {
+      unsigned s = unsigned(slot) + unsigned(i), p = 0;
+      if constexpr (kPlanes) {
+        p = unsigned(uint64_t(s) * t.divisor >> t.divisor_shift);
+        s -= p * unsigned(t.plane_slots);
+      }
+      return {begin + int64_t(i) * V, plane + p, int64_t(s) * V, kAllLanes<T>};
+    }
   }
   // Where the mask has this slot, and how far up in the byte.
   __device__ __forceinline__ int64_t mask_byte(const RowSlot& s) const {
@@ -193,8 +213,12 @@ template <class T, class Part>
 __device__ __forceinline__ void copy_slots(const Part& part, const Team& team, const T* from, Vector<T>* to) {
   if (!part.t.wide) {
     gather_elements(part, team, from, to);
-  } else {
+  } else if (part.t.simple) {
 #pragma unroll 4
+    for (int i = team.lane; i < part.count; i += team.size)
+      __pipeline_memcpy_async(&to[i], from + part.begin + int64_t(i) * kLanes<T>, 16);
+  } else {
+#pragma unroll 2
     for (int i = team.lane; i < part.count; i += team.size) {
       const RowSlot s = part[i];
       if (s.valid == kAllLanes<T>)
@@ -248,20 +272,26 @@ Rows make_rows(int64_t rows, int64_t planes, int64_t length, std::initializer_li
   t.whole = length % 8 == 0;
   t.wide = length % V == 0 && common_misalignment(tensors, sizeof(T)) == 0;
   t.wide_parameters = common_misalignment(parameters, 1) <= 0 && length % V == 0;
+  t.simple = t.wide && t.whole && t.slots < int64_t(1) << 31;
+  if (t.simple) {  // the shift is 31 + ceil(log2(plane_slots)): exact for slots of 31 bits
+    while (int64_t(1) << t.divisor_shift < t.plane_slots) t.divisor_shift++;
+    t.divisor_shift += 31;
+    t.divisor = unsigned(((uint64_t(1) << t.divisor_shift) + uint64_t(t.plane_slots) - 1) / uint64_t(t.plane_slots));
+  }
   t.parts = t.tensors = 1;
   return t;
 }
 
-// A row to some lanes of a warp, where it has few slots, or to a block of threads that take several each.
+// A row to some lanes of a warp, where it has few slots, or to a block of threads that take `each` or more.
 template <class T>
-void set_team(Rows& t, int max_threads, int most_of_warp = 256) {
+void set_team(Rows& t, int max_threads, int most_of_warp = 256, int each = 8) {
   if (t.slots <= most_of_warp) {
     t.team = kByteSlots<T>;
     while (t.team < 32 && t.team * 4 < t.slots) t.team *= 2;
     t.threads = 128;
   } else {
     t.threads = 64;
-    while (t.threads < max_threads && t.threads * 8 < t.slots) t.threads *= 2;
+    while (t.threads < max_threads && t.threads * each < t.slots) t.threads *= 2;
     t.team = t.threads;
   }
   t.part_slots = int(t.slots);

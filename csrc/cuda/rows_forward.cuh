@@ -29,7 +29,8 @@ __device__ __forceinline__ Vector<T> input_slot(const typename Op::Forward& a, c
 
 // y of kSlots slots of each thread, from slot number `first` on; value(i, slot) and other(i, slot) give those of h and
 // of the residual, put(i, slot, y) takes the result.
-template <class T, class Op, bool kGeneral, int kSlots, class Row, class Part, class Value, class Other, class Put>
+template <class T, class Op, bool kGeneral, bool kSimple, int kSlots, class Row, class Part, class Value, class Other,
+          class Put>
 __device__ __forceinline__ void write_slots(const typename Op::Forward& a, const Row& row, const Part& part, int first,
                                             int step, Value value, Other other, Put put) {
   using A = Accumulate<T>;
@@ -40,7 +41,7 @@ __device__ __forceinline__ void write_slots(const typename Op::Forward& a, const
 #pragma unroll
   for (int u = 0; u < kSlots; u++) {
     const int i = first + u * step;
-    s[u] = part[i];
+    s[u] = part.template at<kSimple>(i);
     if (i >= part.count) continue;
     h[u] = value(i, s[u]);
     if (a.residual) r[u] = other(i, s[u]);
@@ -57,10 +58,10 @@ __device__ __forceinline__ void write_slots(const typename Op::Forward& a, const
 #pragma unroll
         for (int i = 0; i < V; i++) z[i] += widen(r[u].lane[i]);
       }
-      on = activate_lanes<T, kGeneral>(a.activation, z, A(a.negative_slope));
+      on = activate_lanes<T, kGeneral>(a.activation, z, A(a.negative_slope), a.mask);
       put(first + u * step, s[u], narrow<T>(z));
     }
-    if (a.mask) part.write_mask(a.mask, s[u], on);
+    if (a.mask) part.write_mask(a.mask, first + u * step < part.count ? s[u] : RowSlot{}, on);
   }
 }
 
@@ -77,8 +78,11 @@ __global__ void __launch_bounds__(kRowThreads, kGeneral || sizeof(T) == 8 ? 2 : 
   if (Op::input(a) == a.x) {
     copy_slots(part, team, static_cast<const T*>(a.x), data);
   } else {
+    with_constant(t.simple, [&](auto simple) {
 #pragma unroll 2
-    for (int i = team.lane; i < part.count; i += team.size) data[i] = input_slot<T, Op>(a, part[i]);
+      for (int i = team.lane; i < part.count; i += team.size)
+        data[i] = input_slot<T, Op>(a, part.template at<simple>(i));
+    });
     __pipeline_commit();
   }
   const T* const residual = static_cast<const T*>(a.residual);
@@ -95,16 +99,18 @@ __global__ void __launch_bounds__(kRowThreads, kGeneral || sizeof(T) == 8 ? 2 : 
   const typename Op::template Row<T> row(a, part.row, stats);
   __pipeline_wait_prior(0);
   constexpr int U = sizeof(T) == 2 ? 1 : 2;  // by their registers
-  for (int first = team.lane; first < t.part_slots + team.lane; first += U * team.size)
-    write_slots<T, Op, kGeneral, U>(
-        a, row, part, first, team.size, [&](int i, const RowSlot&) { return data[i]; },
-        [&](int i, const RowSlot& s) { return t.tensors == 2 ? residuals[i] : load(residual + s.offset, s.valid); },
-        [&](int i, const RowSlot& s, const Vector<T>& y) {
-          if (t.wide)
-            store(static_cast<T*>(a.y) + s.offset, y, s.valid);
-          else
-            data[i] = y;
-        });
+  with_constant(t.simple, [&](auto simple) {
+    for (int first = team.lane; first < t.part_slots + team.lane; first += U * team.size)
+      write_slots<T, Op, kGeneral, simple, U>(
+          a, row, part, first, team.size, [&](int i, const RowSlot&) { return data[i]; },
+          [&](int i, const RowSlot& s) { return t.tensors == 2 ? residuals[i] : load(residual + s.offset, s.valid); },
+          [&](int i, const RowSlot& s, const Vector<T>& y) {
+            if (simple || t.wide)
+              store(static_cast<T*>(a.y) + s.offset, y, s.valid);
+            else
+              data[i] = y;
+          });
+  });
   if (!t.wide) {
     team.sync();
     scatter_elements(part, team, data, a.y);
@@ -194,11 +200,13 @@ __global__ void __launch_bounds__(kRowThreads, 2) row_apply_kernel(typename Op::
   const T* const h = static_cast<const T*>(Op::input(a));
   const T* const residual = static_cast<const T*>(a.residual);
   constexpr int U = 2;
-  for (int first = int(threadIdx.x); first < t.part_slots + int(threadIdx.x); first += U * t.threads)
-    write_slots<T, Op, kGeneral, U>(
-        a, row, part, first, t.threads, [&](int, const RowSlot& s) { return load(h + s.offset, s.valid); },
-        [&](int, const RowSlot& s) { return load(residual + s.offset, s.valid); },
-        [&](int, const RowSlot& s, const Vector<T>& y) { store(static_cast<T*>(a.y) + s.offset, y, s.valid); });
+  with_constant(t.simple, [&](auto simple) {
+    for (int first = int(threadIdx.x); first < t.part_slots + int(threadIdx.x); first += U * t.threads)
+      write_slots<T, Op, kGeneral, simple, U>(
+          a, row, part, first, t.threads, [&](int, const RowSlot& s) { return load(h + s.offset, s.valid); },
+          [&](int, const RowSlot& s) { return load(residual + s.offset, s.valid); },
+          [&](int, const RowSlot& s, const Vector<T>& y) { store(static_cast<T*>(a.y) + s.offset, y, s.valid); });
+  });
 }
 
 // ---- Launches -------------------------------------------------------------------------------------------------------

@@ -50,16 +50,18 @@ __device__ __forceinline__ void square_slots(const Part& part, const Vector<T>* 
                                              B (&to)[2]) {
   constexpr int V = kLanes<T>;
   B sum[V] = {}, square[V] = {};
+  with_constant(part.t.whole, [&](auto whole) {
 #pragma unroll(sizeof(B) == sizeof(Accumulate<T>) ? 4 : 1)
-  for (int i = begin; i < part.count; i += step) {
-    const unsigned valid = part.t.whole ? kAllLanes<T> : part[i].valid;
+    for (int i = begin; i < part.count; i += step) {
+      const unsigned valid = whole ? kAllLanes<T> : part[i].valid;
 #pragma unroll
-    for (int k = 0; k < V; k++) {
-      const B distance = valid >> k & 1 ? B(widen(data[i].lane[k])) - mean : B(0);
-      sum[k] += distance;
-      square[k] = fused(distance, distance, square[k]);
+      for (int k = 0; k < V; k++) {
+        const B distance = valid >> k & 1 ? B(widen(data[i].lane[k])) - mean : B(0);
+        sum[k] += distance;
+        square[k] = fused(distance, distance, square[k]);
+      }
     }
-  }
+  });
 #pragma unroll
   for (int k = 1; k < V; k++) sum[0] += sum[k], square[0] += square[k];
   to[0] = sum[0], to[1] = square[0];
@@ -124,6 +126,18 @@ struct Partials {
       v[0] += at[0], v[1] += at[second];
     }
   }
+  // ... and of a row's, all channels of it.
+  __device__ __forceinline__ void add_row(const double* from, int first, int step, double (&v)[2]) const {
+    if (channels == 1) return add(from, first, step, v);
+    const int all = parts * copies * channels;
+#pragma unroll 4
+    for (int i = first; i < all; i += step) {
+      const int pair = i / channels, number = copies == 1 ? pair : pair / copies;
+      const double* const at =
+          from + (i - pair * channels) * channel + number * part + (pair - number * copies) * copy;
+      v[0] += at[0], v[1] += at[second];
+    }
+  }
 };
 
 // Of a pair for each part of each row.
@@ -151,11 +165,7 @@ __device__ __forceinline__ void sum_partials(const Partials& p, int64_t row, int
                                              double (&v)[2]) {
   v[0] = v[1] = 0;
   const double* const from = p.row(row);
-  if (p.channels == 1) {
-    p.add(from, lane, size, v);
-  } else {
-    for (int channel = lane; channel < p.channels; channel += size) p.add(from + channel * p.channel, 0, 1, v);
-  }
+  p.add_row(from, lane, size, v);
   v[0] = warp_sum(v[0]), v[1] = warp_sum(v[1]);
   if (size == 32) return;
   __syncthreads();
@@ -190,7 +200,7 @@ __global__ void __launch_bounds__(kFinishThreads) row_finish_kernel(RowFinish f,
 
 // Threads to a row: a warp, or a block where it has much to add up.
 inline int finish_team(const Partials& p) {
-  return int64_t(p.parts) * p.copies * p.channels > 1024 ? kFinishThreads : 32;
+  return int64_t(p.parts) * p.copies * p.channels > 128 ? kFinishThreads : 32;
 }
 
 inline cudaError_t launch_finish(const RowFinish& f, cudaStream_t stream) {

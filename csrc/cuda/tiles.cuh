@@ -56,6 +56,7 @@ struct Tiles {
   int block_segments;                        // segments of a block; the last ones may have fewer or none
   int threads, step;                         // threads of a block, slots that they take at once
   int step_runs, step_segments, step_slots;  // step = (step_runs * run_segments + step_segments) * slots + step_slots
+  int64_t step_elements, next_segment, next_run;  // in x: of a step, and what the end of a segment or of a run adds
   int tensors;                               // that a resident block copies to shared memory
 
   __host__ __device__ int block_slots() const { return block_segments * slots; }
@@ -97,6 +98,7 @@ struct Walk {
   const Tiles& t;
   int64_t group, run;
   int segment, slot;  // in the run, in the segment
+  int64_t element;    // in x: of the slot, were its segment aligned
 
   // From slot number i of the block on.
   __device__ __forceinline__ Walk(const Tiles& tiles, const Place& at, int i)
@@ -114,17 +116,17 @@ struct Walk {
       run += runs;
       segment -= runs * t.run_segments;
     }
+    element = run * t.run_stride + group * t.group_length + int64_t(segment) * t.segment_length + slot * V;
   }
   __device__ __forceinline__ void advance() {
     slot += t.step_slots;
     segment += t.step_segments;
     run += t.step_runs;
-    if (slot >= t.slots) slot -= t.slots, segment++;
-    if (segment >= t.run_segments) segment -= t.run_segments, run++;
+    element += t.step_elements;
+    if (slot >= t.slots) slot -= t.slots, segment++, element += t.next_segment;
+    if (segment >= t.run_segments) segment -= t.run_segments, run++, element += t.next_run;
   }
-  __device__ __forceinline__ int64_t segment_start() const {
-    return run * t.run_stride + group * t.group_length + int64_t(segment) * t.segment_length;
-  }
+  __device__ __forceinline__ int64_t segment_start() const { return element - slot * V; }
   // Elements of this segment.
   __device__ __forceinline__ int segment_length() const {
     int64_t length = min(t.group_length, t.run_stride - group * t.group_length) - int64_t(segment) * t.segment_length;
@@ -145,6 +147,12 @@ struct Walk {
     }
     s.offset += s.first;
     return s;
+  }
+  // The same; kWhole: where tiles are not partial.
+  template <bool kWhole>
+  __device__ __forceinline__ Slot get() const {
+    if constexpr (kWhole) return {element, slot * V, kAllLanes<T>};
+    return **this;
   }
   // Where the mask of this segment begins.
   __device__ __forceinline__ int64_t mask_start() const {
@@ -273,6 +281,9 @@ Tiles split(Tiles t, int64_t parts, int max_threads) {
   t.step_slots = t.step % t.slots;
   t.step_segments = t.step / t.slots % t.run_segments;
   t.step_runs = t.step / t.slots / t.run_segments;
+  t.step_elements = t.step_runs * t.run_stride + int64_t(t.step_segments) * t.segment_length + t.step_slots * V;
+  t.next_segment = t.segment_length - int64_t(t.slots) * V;
+  t.next_run = t.run_stride - int64_t(t.run_segments) * t.segment_length;
   return t;
 }
 

@@ -24,32 +24,34 @@ __device__ __forceinline__ void apply_tiles(const Args& a, const Tiles& t, const
     const int chunk_segments = min(chunk, at.segments - begin);
     const int end = thread < t.step ? chunk_segments * t.slots : 0;
     Walk<T> walk(t, at, begin * t.slots + thread);
-    for (int k = thread; k < end; k += U * t.step) {
-      Slot s[U];
-      Vector<T> v[U], r[U];
+    with_constant(!t.partial, [&](auto whole) {
+      for (int k = thread; k < end; k += U * t.step) {
+        Slot s[U];
+        Vector<T> v[U], r[U];
 #pragma unroll
-      for (int u = 0; u < U; u++, walk.advance()) {
-        if (k + u * t.step >= end) continue;
-        s[u] = *walk;
-        v[u] = load(x + s[u].offset, s[u].valid);
-        if (residual) r[u] = load(residual + s[u].offset, s[u].valid);
-      }
-#pragma unroll
-      for (int u = 0; u < U; u++) {
-        if (k + u * t.step >= end) break;
-        A z[V];
-        widen(z, v[u]);
-#pragma unroll
-        for (int i = 0; i < V; i++) z[i] = map[kSeveral ? i : 0](z[i]);
-        if (residual) {
-#pragma unroll
-          for (int i = 0; i < V; i++) z[i] += widen(r[u].lane[i]);
+        for (int u = 0; u < U; u++, walk.advance()) {
+          if (k + u * t.step >= end) continue;
+          s[u] = walk.template get<whole>();
+          v[u] = load(x + s[u].offset, s[u].valid);
+          if (residual) r[u] = load(residual + s[u].offset, s[u].valid);
         }
-        const unsigned on = activate_lanes<T, kGeneral>(a.activation, z, negative_slope);
-        store(y + s[u].offset, narrow<T>(z), s[u].valid);
-        if (a.mask) bits[k + u * t.step] = uint8_t(on);
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+          if (k + u * t.step >= end) break;
+          A z[V];
+          widen(z, v[u]);
+#pragma unroll
+          for (int i = 0; i < V; i++) z[i] = map[kSeveral ? i : 0](z[i]);
+          if (residual) {
+#pragma unroll
+            for (int i = 0; i < V; i++) z[i] += widen(r[u].lane[i]);
+          }
+          const unsigned on = activate_lanes<T, kGeneral>(a.activation, z, negative_slope, a.mask);
+          store(y + s[u].offset, narrow<T>(z), s[u].valid);
+          if (a.mask) bits[k + u * t.step] = uint8_t(on);
+        }
       }
-    }
+    });
     if (a.mask) {
       __syncthreads();
       write_mask<T>(t, at, begin, chunk_segments, bits, a.mask);

@@ -17,16 +17,16 @@ __device__ __forceinline__ void differentiate(const Args& a, const Affine<A> (&m
   widen(distance, x);
   widen(dz, dy);
   A z[V];
+  if (needs.z) {
 #pragma unroll
-  for (int i = 0; i < V; i++) {
-    const Affine<A>& m = map[kSeveral ? i : 0];
-    z[i] = m(distance[i]);
-    distance[i] -= m.mean;
-  }
-  if (needs.residual) {
+    for (int i = 0; i < V; i++) z[i] = map[kSeveral ? i : 0](distance[i]);
+    if (needs.residual) {
 #pragma unroll
-    for (int i = 0; i < V; i++) z[i] += widen(residual.lane[i]);
+      for (int i = 0; i < V; i++) z[i] += widen(residual.lane[i]);
+    }
   }
+#pragma unroll
+  for (int i = 0; i < V; i++) distance[i] -= map[kSeveral ? i : 0].mean;
   differentiate_lanes<T, kGeneral>(a.activation, needs.mask, bits, z, dz, A(a.negative_slope));
 }
 
@@ -66,29 +66,31 @@ __device__ __forceinline__ void stream(const Args& a, const Affine<A> (&map)[kSu
   const T* __restrict__ dy = static_cast<const T*>(a.dy);
   const T* __restrict__ residual = static_cast<const T*>(a.residual);
   Walk<T> walk(t, at, thread);
-  for (int k = thread; k < end; k += U * t.step) {
-    Slot s[U];
-    Vector<T> vx[U], vdy[U], r[U];
-    MaskBytes bytes[U];
-    Walk<T> again = walk;
+  with_constant(!t.partial, [&](auto whole) {
+    for (int k = thread; k < end; k += U * t.step) {
+      Slot s[U];
+      Vector<T> vx[U], vdy[U], r[U];
+      MaskBytes bytes[U];
+      Walk<T> again = walk;
 #pragma unroll
-    for (int u = 0; u < U; u++, walk.advance()) {
-      if (k + u * t.step >= end) continue;
-      s[u] = *walk;
-      vx[u] = load(x + s[u].offset, s[u].valid);
-      vdy[u] = load(dy + s[u].offset, s[u].valid);
-      if (needs.residual) r[u] = load(residual + s[u].offset, s[u].valid);
-      if (needs.mask) bytes[u] = read_mask(a.mask, walk, s[u]);
-    }
+      for (int u = 0; u < U; u++, walk.advance()) {
+        if (k + u * t.step >= end) continue;
+        s[u] = walk.template get<whole>();
+        vx[u] = load(x + s[u].offset, s[u].valid);
+        vdy[u] = load(dy + s[u].offset, s[u].valid);
+        if (needs.residual) r[u] = load(residual + s[u].offset, s[u].valid);
+        if (needs.mask) bytes[u] = read_mask(a.mask, walk, s[u]);
+      }
 #pragma unroll
-    for (int u = 0; u < U; u++, again.advance()) {
-      if (k + u * t.step >= end) break;
-      A distance[V], dz[V];
-      const unsigned bits = needs.mask ? mask_bits(a.mask, again, s[u], bytes[u]) : 0;
-      differentiate<T, kSeveral, kGeneral>(a, map, needs, vx[u], vdy[u], r[u], bits, distance, dz);
-      f(s[u], distance, dz);
+      for (int u = 0; u < U; u++, again.advance()) {
+        if (k + u * t.step >= end) break;
+        A distance[V], dz[V];
+        const unsigned bits = needs.mask ? mask_bits(a.mask, again, s[u], bytes[u]) : 0;
+        differentiate<T, kSeveral, kGeneral>(a, map, needs, vx[u], vdy[u], r[u], bits, distance, dz);
+        f(s[u], distance, dz);
+      }
     }
-  }
+  });
 }
 
 // ---- In shared memory -----------------------------------------------------------------------------------------------
@@ -102,29 +104,31 @@ __device__ __forceinline__ void copy_pair(const Args& a, const Tiles& t, const P
   const T* x = static_cast<const T*>(a.x);
   const T* dy = static_cast<const T*>(a.dy);
   Walk<T> walk(t, at, thread);
-  for (int k = thread; k < end; k += U * t.step) {
-    MaskBytes bytes[U];
-    const Walk<T> first = walk;
+  with_constant(!t.partial, [&](auto whole) {
+    for (int k = thread; k < end; k += U * t.step) {
+      MaskBytes bytes[U];
+      const Walk<T> first = walk;
 #pragma unroll
-    for (int u = 0; u < U; u++, walk.advance()) {
-      const int slot = k + u * t.step;
-      if (slot >= end) continue;
-      const Slot s = *walk;
-      if (s.valid == kAllLanes<T>) {
-        __pipeline_memcpy_async(&xs[slot], x + s.offset, 16);
-        __pipeline_memcpy_async(&dys[slot], dy + s.offset, 16);
-      } else {
-        xs[slot] = load(x + s.offset, s.valid);
-        dys[slot] = load(dy + s.offset, s.valid);
+      for (int u = 0; u < U; u++, walk.advance()) {
+        const int slot = k + u * t.step;
+        if (slot >= end) continue;
+        const Slot s = walk.template get<whole>();
+        if (s.valid == kAllLanes<T>) {
+          __pipeline_memcpy_async(&xs[slot], x + s.offset, 16);
+          __pipeline_memcpy_async(&dys[slot], dy + s.offset, 16);
+        } else {
+          xs[slot] = load(x + s.offset, s.valid);
+          dys[slot] = load(dy + s.offset, s.valid);
+        }
+        if (needs.mask) bytes[u] = read_mask(a.mask, walk, s);
       }
-      if (needs.mask) bytes[u] = read_mask(a.mask, walk, s);
-    }
-    if (!needs.mask) continue;
-    Walk<T> again = first;
+      if (!needs.mask) continue;
+      Walk<T> again = first;
 #pragma unroll
-    for (int u = 0; u < U; u++, again.advance())
-      if (k + u * t.step < end) bits[k + u * t.step] = uint8_t(mask_bits(a.mask, again, *again, bytes[u]));
-  }
+      for (int u = 0; u < U; u++, again.advance())
+        if (k + u * t.step < end) bits[k + u * t.step] = uint8_t(mask_bits(a.mask, again, again.template get<whole>(), bytes[u]));
+    }
+  });
   __pipeline_commit();
 }
 
@@ -138,24 +142,26 @@ __device__ __forceinline__ void stream_resident(const Args& a, const Affine<A> (
   const int thread = int(threadIdx.x), end = thread < t.step ? at.segments * t.slots : 0;
   const T* residual = static_cast<const T*>(a.residual);
   Walk<T> walk(t, at, thread);
-  for (int k = thread; k < end; k += U * t.step) {
-    Slot s[U];
-    Vector<T> r[U];
+  with_constant(!t.partial, [&](auto whole) {
+    for (int k = thread; k < end; k += U * t.step) {
+      Slot s[U];
+      Vector<T> r[U];
 #pragma unroll
-    for (int u = 0; u < U; u++, walk.advance()) {
-      s[u] = *walk;
-      if (needs.residual && k + u * t.step < end) r[u] = load(residual + s[u].offset, s[u].valid);
-    }
+      for (int u = 0; u < U; u++, walk.advance()) {
+        s[u] = walk.template get<whole>();
+        if (needs.residual && k + u * t.step < end) r[u] = load(residual + s[u].offset, s[u].valid);
+      }
 #pragma unroll
-    for (int u = 0; u < U; u++) {
-      const int slot = k + u * t.step;
-      if (slot >= end) break;
-      A distance[V], dz[V];
-      differentiate<T, kSeveral, kGeneral>(a, map, needs, xs[slot], dys[slot], r[u], needs.mask ? bits[slot] : 0,
-                                           distance, dz);
-      f(s[u], distance, dz);
+      for (int u = 0; u < U; u++) {
+        const int slot = k + u * t.step;
+        if (slot >= end) break;
+        A distance[V], dz[V];
+        differentiate<T, kSeveral, kGeneral>(a, map, needs, xs[slot], dys[slot], r[u], needs.mask ? bits[slot] : 0,
+                                             distance, dz);
+        f(s[u], distance, dz);
+      }
     }
-  }
+  });
 }
 
 }  // namespace

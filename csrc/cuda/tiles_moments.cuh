@@ -15,30 +15,32 @@ __device__ __forceinline__ void square_streamed(const T* __restrict__ x, Walk<T>
   constexpr int V = kLanes<T>, U = 4;
   const Walk<T> start = walk;
   Accumulate<T> sum[V] = {}, square[V] = {};
-  for (int k = begin; k < end; k += U * step) {
-    Vector<T> v[U];
-    unsigned valid[U];
+  with_constant(!walk.t.partial, [&](auto whole) {
+    for (int k = begin; k < end; k += U * step) {
+      Vector<T> v[U];
+      unsigned valid[U];
 #pragma unroll
-    for (int u = 0; u < U; u++, walk.advance()) {
-      if (k + u * step >= end) continue;
-      const Slot s = *walk;
-      v[u] = load(x + s.offset, s.valid);
-      valid[u] = s.valid;
-    }
+      for (int u = 0; u < U; u++, walk.advance()) {
+        if (k + u * step >= end) continue;
+        const Slot s = walk.template get<whole>();
+        v[u] = load(x + s.offset, s.valid);
+        valid[u] = s.valid;
+      }
 #pragma unroll
-    for (int u = 0; u < U; u++) {
-      if (k + u * step >= end) break;
-      Accumulate<T> value[V];
-      widen(value, v[u]);
-      if (valid[u] != kAllLanes<T>) fill_invalid<T, kSeveral>(value, valid[u], shift);
+      for (int u = 0; u < U; u++) {
+        if (k + u * step >= end) break;
+        Accumulate<T> value[V];
+        widen(value, v[u]);
+        if (!whole && valid[u] != kAllLanes<T>) fill_invalid<T, kSeveral>(value, valid[u], shift);
 #pragma unroll
-      for (int i = 0; i < V; i++) {
-        const Accumulate<T> distance = value[i] - shift[kSeveral ? i : 0];
-        sum[i] += distance;
-        square[i] = fused(distance, distance, square[i]);
+        for (int i = 0; i < V; i++) {
+          const Accumulate<T> distance = value[i] - shift[kSeveral ? i : 0];
+          sum[i] += distance;
+          square[i] = fused(distance, distance, square[i]);
+        }
       }
     }
-  }
+  });
   collect<T, kSeveral>(to, sum);
   if (collect<T, kSeveral>(squares, square) || !kOverflows<T>) return;
   const unsigned sums_again = clear_infinite(to, squares);

@@ -13,14 +13,17 @@ __device__ __forceinline__ void copy_tiles(const Tiles& t, const Place& at, cons
                                            uint8_t* valid) {
   const int thread = int(threadIdx.x), end = thread < t.step ? at.segments * t.slots : 0;
   Walk<T> walk(t, at, thread);
-  for (int k = thread; k < end; k += t.step, walk.advance()) {
-    const Slot s = *walk;
-    if (s.valid == kAllLanes<T>)
-      __pipeline_memcpy_async(&to[k], from + s.offset, 16);
-    else
-      to[k] = load(from + s.offset, s.valid);
-    if (t.partial) valid[k] = uint8_t(s.valid);
-  }
+  with_constant(!t.partial, [&](auto whole) {
+#pragma unroll(whole ? 4 : 1)
+    for (int k = thread; k < end; k += t.step, walk.advance()) {
+      const Slot s = walk.template get<whole>();
+      if (s.valid == kAllLanes<T>)
+        __pipeline_memcpy_async(&to[k], from + s.offset, 16);
+      else
+        to[k] = load(from + s.offset, s.valid);
+      if (!whole) valid[k] = uint8_t(s.valid);
+    }
+  });
   __pipeline_commit();
 }
 
@@ -58,26 +61,28 @@ __device__ __forceinline__ void square_resident(const Vector<T>* data, const uin
                                                 double (&squares)[kSums<T, kSeveral>]) {
   constexpr int V = kLanes<T>;
   Accumulate<T> sum[V] = {}, square[V] = {}, x[V];
-  auto read = [&](int k) {
+  auto read = [&](int k, bool whole) {
     widen(x, data[k]);
-    if (valid) fill_invalid<T, kSeveral>(x, valid[k], mean);
+    if (!whole) fill_invalid<T, kSeveral>(x, valid[k], mean);
   };
+  with_constant(!valid, [&](auto whole) {
 #pragma unroll 4
-  for (int k = begin; k < end; k += step) {
-    read(k);
+    for (int k = begin; k < end; k += step) {
+      read(k, whole);
 #pragma unroll
-    for (int i = 0; i < V; i++) {
-      const Accumulate<T> distance = x[i] - mean[kSeveral ? i : 0];
-      sum[i] += distance;
-      square[i] = fused(distance, distance, square[i]);
+      for (int i = 0; i < V; i++) {
+        const Accumulate<T> distance = x[i] - mean[kSeveral ? i : 0];
+        sum[i] += distance;
+        square[i] = fused(distance, distance, square[i]);
+      }
     }
-  }
+  });
   collect<T, kSeveral>(to, sum);
   if (collect<T, kSeveral>(squares, square) || !kOverflows<T>) return;
   const unsigned again = clear_infinite(to, squares);
 #pragma unroll 1
   for (int k = begin; k < end; k += step) {
-    read(k);
+    read(k, !valid);
 #pragma unroll
     for (int i = 0; i < V; i++)
       if (again >> (kSeveral ? i : 0) & 1)
@@ -96,32 +101,34 @@ __device__ __forceinline__ void apply_resident(const Args& a, const Tiles& t, co
   T* y = static_cast<T*>(a.y);
   Walk<T> walk(t, at, thread);
   const A negative_slope = A(a.negative_slope);
-  for (int k = thread; k < end; k += U * t.step) {
-    Slot s[U];
-    Vector<T> r[U];
+  with_constant(!t.partial, [&](auto whole) {
+    for (int k = thread; k < end; k += U * t.step) {
+      Slot s[U];
+      Vector<T> r[U];
 #pragma unroll
-    for (int u = 0; u < U; u++, walk.advance()) {
-      s[u] = *walk;
-      if (!residual || k + u * t.step >= end) continue;
-      r[u] = t.tensors == 2 ? residuals[k + u * t.step] : load(residual + s[u].offset, s[u].valid);
-    }
-#pragma unroll
-    for (int u = 0; u < U; u++) {
-      const int slot = k + u * t.step;
-      if (slot >= end) break;
-      A z[V];
-      widen(z, data[slot]);
-#pragma unroll
-      for (int i = 0; i < V; i++) z[i] = map[kSeveral ? i : 0](z[i]);
-      if (residual) {
-#pragma unroll
-        for (int i = 0; i < V; i++) z[i] += widen(r[u].lane[i]);
+      for (int u = 0; u < U; u++, walk.advance()) {
+        s[u] = walk.template get<whole>();
+        if (!residual || k + u * t.step >= end) continue;
+        r[u] = t.tensors == 2 ? residuals[k + u * t.step] : load(residual + s[u].offset, s[u].valid);
       }
-      const unsigned on = activate_lanes<T, kGeneral>(a.activation, z, negative_slope);
-      store(y + s[u].offset, narrow<T>(z), s[u].valid);
-      if (a.mask) bits[slot] = uint8_t(on);
+#pragma unroll
+      for (int u = 0; u < U; u++) {
+        const int slot = k + u * t.step;
+        if (slot >= end) break;
+        A z[V];
+        widen(z, data[slot]);
+#pragma unroll
+        for (int i = 0; i < V; i++) z[i] = map[kSeveral ? i : 0](z[i]);
+        if (residual) {
+#pragma unroll
+          for (int i = 0; i < V; i++) z[i] += widen(r[u].lane[i]);
+        }
+        const unsigned on = activate_lanes<T, kGeneral>(a.activation, z, negative_slope, a.mask);
+        store(y + s[u].offset, narrow<T>(z), s[u].valid);
+        if (a.mask) bits[slot] = uint8_t(on);
+      }
     }
-  }
+  });
   if (a.mask) {
     __syncthreads();
     write_mask<T>(t, at, 0, at.segments, bits, a.mask);

@@ -55,6 +55,18 @@ __device__ __forceinline__ bool finite(A v) {
   return v - v == 0;
 }
 
+// A bool as a type; std::bool_constant's conversion is the host's alone.
+template <bool b>
+struct Bool {
+  __host__ __device__ constexpr operator bool() const { return b; }
+};
+
+// Calls f(Bool<b>()): a loop that knows its slots to be whole has half the instructions.
+template <class F>
+__device__ __forceinline__ void with_constant(bool b, F f) {
+  b ? f(Bool<true>()) : f(Bool<false>());
+}
+
 // ---- Sixteen bytes --------------------------------------------------------------------------------------------------
 
 template <class T>
