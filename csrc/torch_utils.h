@@ -28,7 +28,8 @@
 
 namespace fastnorm {
 
-inline std::string_view dtype_text(at::ScalarType t) { return c10::getDtypeNames(t).first; }
+// A copy, as torch 2.11 returns strings of its own and torch 2.13 views.
+inline std::string dtype_text(at::ScalarType t) { return std::string(c10::getDtypeNames(t).first); }
 
 inline DType dtype_of(at::ScalarType t, const char* op, const char* name) {
   switch (t) {
