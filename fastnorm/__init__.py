@@ -2,10 +2,21 @@
 
 from . import functional, nn
 from ._info import __version__, info
+from .convert import ConvertReport, convert, revert
 from .layers import *  # noqa: F403
 from .layers import __all__ as _layers
 
-__all__ = [*_layers, "__version__", "check", "functional", "info", "nn"]  # noqa: F405
+__all__ = [  # noqa: F405
+    *_layers,
+    "ConvertReport",
+    "__version__",
+    "check",
+    "convert",
+    "functional",
+    "info",
+    "nn",
+    "revert",
+]
 
 
 def __getattr__(name: str):

@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ._library import extension, ops
 from .activation import activate
-from .module import MODULE_DOC, FusedNorm, intercept, intercepted
+from .module import MODULE_DOC, FusedNorm
 from .transforms import ChannelFold, Norm, NormBackwardFunction, NormFunction, define_recorded, finish, unpack_bits
 
 _forward = ops.batch_norm_forward.default
@@ -234,7 +234,7 @@ define_recorded(_norm, _backward)
 
 
 class FusedBatchNorm(FusedNorm):
-    """forward() and the keywords that the three modules share."""
+    """What the three modules share."""
 
     activation: str | None = None
     negative_slope: float = 0.01
@@ -258,10 +258,7 @@ class FusedBatchNorm(FusedNorm):
             negative_slope=negative_slope, **kwargs,
         )  # fmt: skip
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """activation(norm(input) + residual)"""
-        if intercepted(input, residual):
-            return intercept(self, input, residual)
+    def fused(self, input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float) -> Tensor:
         self._check_input_dim(input)
         try:  # not by attribute: nn.Module looks those up slowly, and a tiny batch notices
             weight, bias = self._parameters["weight"], self._parameters["bias"]
@@ -278,7 +275,7 @@ class FusedBatchNorm(FusedNorm):
             training = True
         return _batch_norm(
             input, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, self.momentum,
-            self.eps, self.activation, self.negative_slope,
+            self.eps, activation, negative_slope,
         )  # fmt: skip
 
 

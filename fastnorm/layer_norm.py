@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ._library import extension, ops
 from .activation import activate
-from .module import MODULE_DOC, FusedNorm, intercept, intercepted
+from .module import MODULE_DOC, FusedNorm
 from .transforms import Norm, NormFunction, autocast_to_float32, define_recorded, finish, unpack_bits, vmap_composite
 
 _forward = ops.layer_norm_forward.default
@@ -324,15 +324,12 @@ define_recorded(_norm, _backward)
 
 
 class _FusedLayerNorm(FusedNorm):
-    """forward() of the modules; what they normalise over begins at dimension `_dim`, None: is the end of the shape."""
+    """fused() of the modules; what they normalise over begins at dimension `_dim`, None: is the end of the shape."""
 
     _rms = False
     _dim: int | None = None
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """activation(norm(input) + residual)"""
-        if intercepted(input, residual):
-            return intercept(self, input, residual)
+    def fused(self, input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float) -> Tensor:
         try:  # not by attribute: nn.Module looks those up slowly, and a tiny batch notices
             weight, bias = self._parameters["weight"], self._parameters.get("bias")
         except KeyError:  # replaced by a parametrization, or by hand
@@ -340,7 +337,7 @@ class _FusedLayerNorm(FusedNorm):
         shape = self.normalized_shape
         dim = -len(shape) if self._dim is None else self._dim
         return _layer_norm(
-            input, None, residual, weight, bias, shape, dim, self._rms, self.eps, self.activation, self.negative_slope
+            input, None, residual, weight, bias, shape, dim, self._rms, self.eps, activation, negative_slope
         )[0]
 
 
