@@ -3,6 +3,7 @@
 from . import functional, nn
 from ._info import __version__, info
 from .convert import ConvertReport, convert, revert
+from .fuse import fuse
 from .layers import *  # noqa: F403
 from .layers import __all__ as _layers
 
@@ -13,6 +14,7 @@ __all__ = [  # noqa: F405
     "check",
     "convert",
     "functional",
+    "fuse",
     "info",
     "nn",
     "revert",

@@ -169,7 +169,7 @@ def unfuse(module: nn.Module) -> None:
     made = next((c for c in type(module).__mro__ if ORIGINAL in vars(c)), None)
     if made is not None:
         _set_layer_class(module, made, getattr(made, ORIGINAL))
-        module.__dict__.pop("fuse_report", None)
+    module.__dict__.pop("fuse_report", None)
 
 
 def _set_layer_class(module: nn.Module, before: type, after: type) -> None:

@@ -21,6 +21,11 @@ LAYERS = {
 CHANNELS_LAST = ("LayerNorm", "RMSNorm")
 
 
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    threads(1)
+
+
 class Net(nn.Module):
     """Convolutions, norms of each kind, one of them under two names, and a linear layer."""
 
@@ -171,7 +176,9 @@ def test_what_is_skipped_and_why():
 
 
 @pytest.mark.parametrize(
-    "skip, left", [("stem.1", {"stem.1"}), ("stem", {"stem.1"}), (nn.GroupNorm, {"shared"}), (("same", nn.LayerNorm), {"shared", "norm"})],
+    "skip, left",
+    [("stem.1", {"stem.1"}), ("stem", {"stem.1"}), (nn.GroupNorm, {"shared"}),
+     (("same", nn.LayerNorm), {"shared", "norm"})],
 )  # fmt: skip
 def test_skip(skip, left):
     model = Net()
