@@ -1,6 +1,6 @@
 """Fused, accurate normalisation layers for PyTorch: torch.nn's names, on CPU and CUDA."""
 
-from . import functional, nn
+from . import functional, models, nn
 from ._info import __version__, info
 from .convert import ConvertReport, convert, revert
 from .fuse import fuse
@@ -16,6 +16,7 @@ __all__ = [  # noqa: F405
     "functional",
     "fuse",
     "info",
+    "models",
     "nn",
     "revert",
 ]
