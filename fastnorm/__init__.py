@@ -6,6 +6,7 @@ from .convert import ConvertReport, convert, revert
 from .fuse import fuse
 from .layers import *  # noqa: F403
 from .layers import __all__ as _layers
+from .save_memory import save_memory, saved_bytes
 
 __all__ = [  # noqa: F405
     *_layers,
@@ -19,6 +20,8 @@ __all__ = [  # noqa: F405
     "models",
     "nn",
     "revert",
+    "save_memory",
+    "saved_bytes",
 ]
 
 

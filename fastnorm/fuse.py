@@ -37,6 +37,7 @@ from .convert import (
     unfuse,
 )
 from .module import FusedNorm, intercepted
+from .save_memory import save_memory as saving_memory
 
 # ---- What is looked for ---------------------------------------------------------------------------------------------
 
@@ -525,9 +526,7 @@ def _fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
 
     @functools.wraps(own_forward)
     def saving_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        from .save_memory import save_memory
-
-        with save_memory():
+        with saving_memory():
             return run(self, args, kwargs)
 
     def reduce(self: nn.Module, protocol: int) -> Any:

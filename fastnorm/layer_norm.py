@@ -4,6 +4,7 @@ z = (x - mean) / sqrt(var + eps) * weight + bias + residual,  y = activation(z);
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ._library import extension, ops
+from ._recipes import recorder
 from .activation import activate
 from .module import MODULE_DOC, FusedNorm
 from .transforms import Norm, NormFunction, autocast_to_float32, define_recorded, finish, unpack_bits, vmap_composite
@@ -245,7 +247,15 @@ def _layer_norm(
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         h = x if addend is None else x + addend
         return NormFunction.apply(_norm, h, residual, weight, bias, *args)[0], h
-    return extension.layer_norm(x, addend, residual, weight, bias, *args)
+    y, h = extension.layer_norm(x, addend, residual, weight, bias, *args)
+    if residual is None and (memory := recorder()) is not None:
+        memory.remember(y, partial(_again, args), x if addend is None else h, weight, bias)
+    return y, h
+
+
+def _again(config: tuple, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y without a residual, bit for bit: the same kernel; x is the sum where there was one."""
+    return extension.layer_norm(x, None, None, weight, bias, *config)[0]
 
 
 def _in_torch_operators(x, residual, weight, bias, shape, dim, rms, eps, activation, negative_slope) -> Tensor:

@@ -119,11 +119,10 @@ def test_classes_channels_and_small_images(name):
 
 
 NORMS = {
-    "group": lambda c: fastnorm.GroupNorm(1 if c % 2 else 2, c),
-    "instance": partial(fastnorm.InstanceNorm2d, affine=True), "layer": fastnorm.LayerNorm2d, "torch": nn.BatchNorm2d, "sync": fastnorm.SyncBatchNorm,
+    "group": lambda c: fastnorm.GroupNorm(1 if c % 2 else 2, c), "torch": nn.BatchNorm2d,
+    "instance": partial(fastnorm.InstanceNorm2d, affine=True), "layer": fastnorm.LayerNorm2d,
+    "sync": fastnorm.SyncBatchNorm,
 }  # fmt: skip
-
-
 EVERY = ("alexnet", "vgg11", "nin", "googlenet", "resnet18", "densenet121", "lenet")
 
 
