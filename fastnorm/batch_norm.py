@@ -144,11 +144,10 @@ def _batch_norm(
             x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
             activation or "none", negative_slope,
         )  # fmt: skip
-        if residual is None and (memory := recorder()) is not None:
+        if (memory := recorder()) is not None:
             running = (None, None) if training else (running_mean.clone(), running_var.clone())
-            memory.remember(
-                y, partial(_again, running, training, eps, activation or "none", negative_slope), x, weight, bias
-            )
+            again = partial(_again, running, training, eps, activation or "none", negative_slope)
+            memory.remember(y, again, x, residual, weight, bias)
         return y
     return (_forward if training else _forward_frozen)(
         x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
@@ -156,9 +155,11 @@ def _batch_norm(
     )[0]  # fmt: skip
 
 
-def _again(running, training, eps, activation, negative_slope, x, weight, bias) -> Tensor:
-    """y without a residual, bit for bit: the same kernel, without counting the batch."""
-    return extension.batch_norm(x, None, weight, bias, *running, None, training, 0.0, eps, activation, negative_slope)
+def _again(running, training, eps, activation, negative_slope, x, residual, weight, bias) -> Tensor:
+    """y, bit for bit: the same kernel, without counting the batch."""
+    return extension.batch_norm(
+        x, residual, weight, bias, *running, None, training, 0.0, eps, activation, negative_slope
+    )  # fmt: skip
 
 
 def _in_torch_operators(

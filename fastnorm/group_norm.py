@@ -192,14 +192,14 @@ def _group_norm(
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return NormFunction.apply(_norm, *args)
     y, stats = extension.group_norm(*args)
-    if residual is None and (memory := recorder()) is not None:
-        memory.remember(y, partial(_again, args[4:]), x, weight, bias)
+    if (memory := recorder()) is not None:
+        memory.remember(y, partial(_again, args[4:]), *args[:4])
     return y, stats
 
 
-def _again(config: tuple, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """y without a residual, bit for bit: the same kernel."""
-    return extension.group_norm(x, None, weight, bias, *config)[0]
+def _again(config: tuple, *tensors: Tensor | None) -> Tensor:
+    """y, bit for bit: the same kernel."""
+    return extension.group_norm(*tensors, *config)[0]
 
 
 def _instance_norm(

@@ -248,14 +248,14 @@ def _layer_norm(
         h = x if addend is None else x + addend
         return NormFunction.apply(_norm, h, residual, weight, bias, *args)[0], h
     y, h = extension.layer_norm(x, addend, residual, weight, bias, *args)
-    if residual is None and (memory := recorder()) is not None:
-        memory.remember(y, partial(_again, args), x if addend is None else h, weight, bias)
+    if (memory := recorder()) is not None:
+        memory.remember(y, partial(_again, args), x if addend is None else h, residual, weight, bias)
     return y, h
 
 
-def _again(config: tuple, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """y without a residual, bit for bit: the same kernel; x is the sum where there was one."""
-    return extension.layer_norm(x, None, None, weight, bias, *config)[0]
+def _again(config: tuple, x: Tensor, *tensors: Tensor | None) -> Tensor:
+    """y, bit for bit: the same kernel; x is the sum where there was one."""
+    return extension.layer_norm(x, None, *tensors, *config)[0]
 
 
 def _in_torch_operators(x, residual, weight, bias, shape, dim, rms, eps, activation, negative_slope) -> Tensor:

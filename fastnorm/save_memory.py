@@ -23,7 +23,8 @@ def save_memory(*, concatenations: bool = True) -> Iterator[None]:
     anyway) and its parameters; in backward the norm's kernel runs once more. Values, gradients and running statistics
     are the same, bit for bit, and the statistics are updated once. Only the forward pass need run in here.
 
-    Outputs with a residual are kept, since the way back would lead through the whole network.
+    The output of a residual block is made again from the block's before it. In backward the first that is asked for
+    makes all of its chain, each once; they stay until they are needed, which is when what came after is gone.
 
     Args:
         concatenations: whether results of torch.cat are made again from their parts too.

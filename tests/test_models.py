@@ -9,9 +9,9 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from twins import NAMES, twin
 
 import fastnorm
+from benchmarks.twins import NAMES, twin
 from fastnorm import models
 
 NUMERIC = {

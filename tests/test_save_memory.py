@@ -12,9 +12,9 @@ import torch.utils.checkpoint
 from conftest import to_layout
 from nets import FAMILIES, ResidualNet, UNet, assert_same, train
 from torch import nn
-from twins import twin
 
 import fastnorm
+from benchmarks.twins import twin
 from fastnorm import models, save_memory, saved_bytes
 
 
@@ -76,7 +76,7 @@ BYTES = {
     "conv-norm-relu": (conv_stack, (2, 3, 32, 32), 0.55),
     "vgg16_bn": (lambda: twin("vgg16_bn", 10, small=True), (2, 3, 32, 32), 0.6),
     "U-Net": (UNet, (2, 3, 32, 32), 0.5),
-    "resnet18": (lambda: twin("resnet18", 10, small=True), (2, 3, 32, 32), 0.8),
+    "resnet18": (lambda: twin("resnet18", 10, small=True), (2, 3, 32, 32), 0.6),
     "densenet121": (lambda: twin("densenet121", 10, small=True), (2, 3, 32, 32), 0.4),
     "googlenet": (lambda: twin("googlenet", 10, small=True), (2, 3, 32, 32), 0.65),
 }
@@ -129,8 +129,11 @@ NORMS = {
 @pytest.mark.parametrize("make, shape", NORMS.values(), ids=NORMS)
 def test_norms(backend, make, shape, layout):
     """What is made again has the same bits, in every dtype, on every backend."""
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        for activation in (None, "silu"):
+    if backend.small and layout == "channels_last":
+        pytest.skip("one layout is enough to see that the emulated kernels repeat themselves")
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    for dtype in dtypes[:1] if backend.small else dtypes:
+        for activation in ("silu",) if backend.small else (None, "silu"):
             norm = make(activation).to(backend.device, dtype)
             x = to_layout(torch.randn(shape, dtype=dtype, device=backend.device) * 3 + 1, layout).requires_grad_()
             y = norm(x)
