@@ -11,8 +11,8 @@ from fastnorm import models
 
 
 def main() -> None:
-    args = arguments(__doc__, epochs=(10, 3))
-    rates = (0.1, 0.5) if args.quick else (0.05, 0.1, 0.5, 1.0)
+    args = arguments(__doc__, epochs=(10, 2))
+    rates = (0.1,) if args.quick else (0.05, 0.1, 0.5, 1.0)
     data, networks = digits(), {"without": models.lenet, "with batch norm": models.lenet_bn}
     figure, (left, right) = axes(2, "LeNet with sigmoids: training loss and test accuracy")
     last: dict[str, list[float]] = {name: [] for name in networks}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from conftest import to_layout
-from nets import FAMILIES, ResidualNet, UNet, assert_same, train
+from nets import FAMILIES, ResidualBlock, ResidualNet, UNet, assert_same, train
 from torch import nn
 
 import fastnorm
@@ -136,13 +136,16 @@ def test_norms(backend, make, shape, layout):
         for activation in ("silu",) if backend.small else (None, "silu"):
             norm = make(activation).to(backend.device, dtype)
             x = to_layout(torch.randn(shape, dtype=dtype, device=backend.device) * 3 + 1, layout).requires_grad_()
-            y = norm(x)
+            y, sums = norm(x), norm(x, x)
             state = {n: b.clone() for n, b in norm.named_buffers()}
             with save_memory():
                 z = norm(x)
                 w = z * z  # which keeps z
-            assert torch.equal(y, z)
+                with_residual = norm(x, x)
+                v = with_residual * with_residual
+            assert torch.equal(y, z) and torch.equal(sums, with_residual)
             assert all(torch.equal(w.grad_fn._saved_self.detach(), y.detach()) for _ in range(2))
+            assert torch.equal(v.grad_fn._saved_self.detach(), sums.detach())
             if norm.training and state:
                 assert all(not torch.equal(b, state[n]) for n, b in norm.named_buffers() if "running" in n)
             again = {n: b.clone() for n, b in norm.named_buffers()}
@@ -196,9 +199,15 @@ def test_whatever_keeps_it():
 
 
 def test_graph_used_twice_and_second_derivatives():
-    model = fastnorm.fuse(conv_stack(act=nn.SiLU)).double()
+    """Of a chain of residual blocks too."""
+    blocks = nn.Sequential(nn.Conv2d(3, 4, 1), *(ResidualBlock(4, 4) for _ in range(3)))
+    for model in (conv_stack(depth=3, act=nn.SiLU), blocks):
+        twice(fastnorm.fuse(model).double())
+
+
+def twice(model):
     saving = Saving(copy.deepcopy(model))
-    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     out = []
     for m in (model, saving):
         leaf = x.clone().requires_grad_()
@@ -308,7 +317,7 @@ def test_compiled():
 def test_networks_of_fastnorm():
     model = models.resnet18(num_classes=3, small_images=True)
     x = torch.randn(2, 3, 16, 16)
-    assert saved_bytes(Saving(model), x) < 0.85 * saved_bytes(model, x)
+    assert saved_bytes(Saving(model), x) < 0.65 * saved_bytes(model, x)
     saving = Saving(copy.deepcopy(model))
     assert_equal(results(model, x), results(saving, x))
 
