@@ -169,3 +169,22 @@ def train(model, steps=3, optimizer=torch.optim.SGD, size=16, batch=4):
 
 def assert_same(a, b, **tolerance):
     torch.testing.assert_close(a, b, **({"rtol": 1e-4, "atol": 1e-5} | tolerance))
+
+
+def losses_in_a_process_group(folder, build, change):
+    """Of a model in DistributedDataParallel: unchanged, changed before it is wrapped, and changed inside of it."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+    try:
+        losses = []
+        for order in ("never", "before", "after"):
+            torch.manual_seed(0)
+            model = build()
+            if order == "before":
+                change(model)
+            wrapped = nn.parallel.DistributedDataParallel(model)
+            if order == "after":
+                change(wrapped)
+            losses.append(train(wrapped))
+        return losses
+    finally:
+        torch.distributed.destroy_process_group()

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
+from nets import assert_same, losses_in_a_process_group, train
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -46,25 +46,6 @@ class Net(nn.Module):
 def attributes(model):
     """What a module is made of, but for its class: names and identities."""
     return {name: {k: id(v) for k, v in vars(m).items()} for name, m in model.named_modules()}
-
-
-def train(model, steps=3, optimizer=torch.optim.SGD):
-    optimizer = optimizer(model.parameters(), lr=0.05)
-    generator = torch.Generator().manual_seed(1)
-    losses = []
-    for _ in range(steps):
-        x = torch.randn(4, 3, 9, 9, generator=generator, dtype=next(model.parameters()).dtype)
-        target = torch.randint(5, (4,), generator=generator)
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), target)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return losses
-
-
-def assert_same(a, b, **tolerance):
-    torch.testing.assert_close(a, b, **({"rtol": 1e-4, "atol": 1e-5} | tolerance))
 
 
 def test_every_layer_that_torch_has_too():
@@ -298,22 +279,9 @@ def test_transformer_encoder():
 
 def test_distributed(tmp_path):
     """Converted before and inside of DistributedDataParallel."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        losses = []
-        for order in ("never", "before", "after"):
-            torch.manual_seed(0)
-            model = Net()
-            if order == "before":
-                fastnorm.convert(model)
-            wrapped = nn.parallel.DistributedDataParallel(model)
-            if order == "after":
-                fastnorm.convert(wrapped)
-            losses.append(train(wrapped))
-        assert_same(losses[1], losses[0])
-        assert_same(losses[2], losses[0])
-    finally:
-        torch.distributed.destroy_process_group()
+    never, before, after = losses_in_a_process_group(tmp_path, lambda: Net().double(), fastnorm.convert)
+    assert_same(before, never)
+    assert_same(after, never)
 
 
 def test_documentation():

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from nets import FAMILIES, DenseNet, ResidualBlock, ResidualNet, UNet, assert_same, train
+from nets import FAMILIES, DenseNet, ResidualBlock, ResidualNet, UNet, assert_same, losses_in_a_process_group, train
 from torch import nn
 
 import fastnorm
@@ -487,22 +487,12 @@ def test_autocast_and_channels_last():
 
 
 def test_wrapped_in_data_parallel_for_processes(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        losses = []
-        for order in ("never", "before", "after"):
-            torch.manual_seed(0)
-            model = ResidualNet().double()
-            if order == "before":
-                fastnorm.fuse(model)
-            wrapped = nn.parallel.DistributedDataParallel(model)
-            if order == "after":
-                assert fastnorm.fuse(wrapped) is wrapped and len(wrapped.fuse_report.fused) == FUSED["ResidualNet"]
-            losses.append(train(wrapped))
-        assert_same(losses[1], losses[0])
-        assert_same(losses[2], losses[0])
-    finally:
-        torch.distributed.destroy_process_group()
+    def change(model):
+        assert fastnorm.fuse(model) is model and len(model.fuse_report.fused) == FUSED["ResidualNet"]
+
+    never, before, after = losses_in_a_process_group(tmp_path, lambda: ResidualNet().double(), change)
+    assert_same(before, never)
+    assert_same(after, never)
 
 
 def test_documentation():

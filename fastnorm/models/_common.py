@@ -43,6 +43,17 @@ def relu_after(norm: torch.nn.Module) -> torch.nn.Module:
     return nn.Identity() if fused else nn.ReLU(inplace=True)
 
 
+def conv_relu(
+    norm_layer: NormLayer | None, inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0
+) -> list[torch.nn.Module]:
+    """Convolution, norm if there is one, relu; as the layers of a Sequential."""
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding)
+    if norm_layer is None:
+        return [convolution, nn.ReLU(inplace=True)]
+    norm = relu_norm(norm_layer, outputs)
+    return [convolution, norm, relu_after(norm)]
+
+
 class Network(nn.Module):
     """Checks the input, so that a wrong one is named rather than found by a layer far inside."""
 

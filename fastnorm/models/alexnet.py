@@ -1,12 +1,13 @@
 """AlexNet; Krizhevsky 2014, https://arxiv.org/abs/1404.5997. torchvision's key names."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import nn
-from ._common import Network, NormLayer, relu_after, relu_norm, variants
+from ._common import Network, NormLayer, conv_relu, variants
 
 
 class AlexNet(Network):
@@ -36,25 +37,12 @@ class AlexNet(Network):
         small_images: bool = False, dropout: float = 0.5,
     ) -> None:  # fmt: skip
         super().__init__(num_classes, in_channels, 15 if small_images else 63)
-        layers: list[torch.nn.Module] = []
-
-        def add(inputs: int, outputs: int, kernel: int, stride: int, padding: int) -> None:
-            layers.append(nn.Conv2d(inputs, outputs, kernel, stride, padding))
-            if norm_layer is None:
-                layers.append(nn.ReLU(inplace=True))
-            else:
-                norm = relu_norm(norm_layer, outputs)
-                layers.extend([norm, relu_after(norm)])
-
-        add(in_channels, 64, *((5, 1, 2) if small_images else (11, 4, 2)))
-        layers.append(nn.MaxPool2d(3, 2))
-        add(64, 192, 5, 1, 2)
-        layers.append(nn.MaxPool2d(3, 2))
-        add(192, 384, 3, 1, 1)
-        add(384, 256, 3, 1, 1)
-        add(256, 256, 3, 1, 1)
-        layers.append(nn.MaxPool2d(3, 2))
-        self.features = nn.Sequential(*layers)
+        block = partial(conv_relu, norm_layer)
+        self.features = nn.Sequential(
+            *block(in_channels, 64, *((5, 1, 2) if small_images else (11, 4, 2))), nn.MaxPool2d(3, 2),
+            *block(64, 192, 5, 1, 2), nn.MaxPool2d(3, 2),
+            *block(192, 384, 3, 1, 1), *block(384, 256, 3, 1, 1), *block(256, 256, 3, 1, 1), nn.MaxPool2d(3, 2),
+        )  # fmt: skip
         side, hidden = (1, 512) if small_images else (6, 4096)
         self.avgpool = nn.AdaptiveAvgPool2d(side)
         self.classifier = nn.Sequential(

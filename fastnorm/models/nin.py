@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import nn
-from ._common import Network, NormLayer, relu_after, relu_norm, variants
+from ._common import Network, NormLayer, conv_relu, variants
 
 
 class NiN(Network):
@@ -37,18 +37,9 @@ class NiN(Network):
         super().__init__(num_classes, in_channels, 15 if small_images else 67)
 
         def block(inputs: int, outputs: int, kernel: int, stride: int, padding: int) -> list[torch.nn.Module]:
-            layers: list[torch.nn.Module] = []
-            for convolution in (
-                nn.Conv2d(inputs, outputs, kernel, stride, padding),
-                nn.Conv2d(outputs, outputs, 1),
-                nn.Conv2d(outputs, outputs, 1),
-            ):
-                layers.append(convolution)
-                if norm_layer is None:
-                    layers.append(nn.ReLU(inplace=True))
-                else:
-                    norm = relu_norm(norm_layer, outputs)
-                    layers += [norm, relu_after(norm)]
+            layers = conv_relu(norm_layer, inputs, outputs, kernel, stride, padding)
+            for _ in range(2):
+                layers += conv_relu(norm_layer, outputs, outputs, 1)
             return layers
 
         self.features = nn.Sequential(

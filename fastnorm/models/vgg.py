@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import nn
-from ._common import Network, NormLayer, initialise, relu_after, relu_norm, variants
+from ._common import Network, NormLayer, conv_relu, initialise, variants
 
 
 class VGG(Network):
@@ -41,12 +41,7 @@ class VGG(Network):
         for i, depth in enumerate(depths):
             outputs = min(64 * 2**i, 512)
             for _ in range(depth):
-                layers.append(nn.Conv2d(channels, outputs, 3, padding=1))
-                if norm_layer is None:
-                    layers.append(nn.ReLU(inplace=True))
-                else:
-                    norm = relu_norm(norm_layer, outputs)
-                    layers += [norm, relu_after(norm)]
+                layers += conv_relu(norm_layer, channels, outputs, 3, padding=1)
                 channels = outputs
             layers.append(nn.MaxPool2d(2, 2))
         self.features = nn.Sequential(*layers)
