@@ -197,7 +197,7 @@ def test_a_tensor_that_is_changed_for_its_owner():
         return F.relu(y) + other
 
     def input_changes(y, x):
-        x.mul_(2)
+        x.sigmoid_()  # not only scaled, which a norm does not see
         return F.relu(y + x)
 
     for then in (to_input, two_names, input_changes):

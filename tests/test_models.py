@@ -15,7 +15,7 @@ from benchmarks.twins import NAMES, twin
 from fastnorm import models
 
 NUMERIC = {
-    "alexnet": 32, "vgg11_bn": 32, "vgg13": 32, "googlenet": 32, "resnet18": 32, "resnet50": 32, "resnext50_32x4d": 32,
+    "alexnet": 32, "vgg11_bn": 32, "googlenet": 32, "resnet18": 32, "resnext50_32x4d": 32,
     "densenet121": 32,
 }  # fmt: skip
 SMALLEST = {"alexnet": (63, 15), "nin": (67, 15), "vgg11": (32, 32), "googlenet": (15, 8), "densenet121": (29, 8)}
