@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from conftest import to_layout
-from nets import FAMILIES, ResidualBlock, ResidualNet, UNet, assert_same, train
+from nets import FAMILIES, DenseNet, ResidualBlock, ResidualNet, UNet, assert_same, train
 from torch import nn
 
 import fastnorm
@@ -92,9 +92,9 @@ def test_bytes(build, shape, allowed):
 
 
 def test_concatenations():
-    model, x = fastnorm.fuse(twin("densenet121", 10, small=True)), torch.randn(2, 3, 16, 16)
+    model, x = fastnorm.fuse(DenseNet()), torch.randn(2, 3, 16, 16)
     with_parts, without = saved_bytes(Saving(model), x), saved_bytes(Saving(model, concatenations=False), x)
-    assert with_parts < 0.7 * without < 0.5 * saved_bytes(model, x)
+    assert with_parts < 0.7 * without and without < 0.7 * saved_bytes(model, x)
 
     class Net(nn.Module):
         def __init__(self):
