@@ -10,7 +10,7 @@ import benchmarks
 
 from . import common
 
-NOT_OPS = {"__main__", "accuracy", "common", "gpu_check", "norms"}
+NOT_OPS = {"__main__", "accuracy", "common", "gpu_check", "memory", "norms", "twins"}
 
 
 def main() -> None:

@@ -11,13 +11,9 @@ import time
 from pathlib import Path
 from types import ModuleType
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-import torch.nn.functional as F
-from sklearn.datasets import load_digits
+from common import accuracy, digits, train_epoch
 from tqdm import tqdm
 
 import fastnorm
@@ -36,36 +32,6 @@ def lenet(nn: ModuleType) -> torch.nn.Module:
         nn.Linear(120, 84), nn.BatchNorm1d(84), nn.ReLU(),
         nn.Linear(84, 10),
     )  # fmt: skip
-
-
-def digits() -> tuple[torch.Tensor, ...]:
-    """1797 images of handwritten digits, 28 x 28; every fifth is kept for testing."""
-    data = load_digits()
-    images = torch.from_numpy(data.images).float().unsqueeze(1) / 16
-    images = F.interpolate(images, (28, 28), mode="bilinear", align_corners=False)
-    labels = torch.from_numpy(data.target)
-    test = torch.arange(len(labels)) % 5 == 0
-    return images[~test], labels[~test], images[test], labels[test]
-
-
-def train_epoch(model, optimizer, images, labels, order, bar) -> float:
-    """The mean loss over one pass in the given order."""
-    model.train()
-    total = 0.0
-    for batch in order.split(64):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(images[batch]), labels[batch])
-        loss.backward()
-        optimizer.step()
-        total += loss.item() * len(batch)
-        bar.update()
-    return total / len(order)
-
-
-@torch.no_grad()
-def accuracy(model, images, labels) -> float:
-    model.eval()
-    return (model(images).argmax(1) == labels).float().mean().item()
 
 
 def train(epochs: int) -> tuple[dict[str, dict[str, list[float]]], float]:

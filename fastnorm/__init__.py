@@ -1,11 +1,28 @@
 """Fused, accurate normalisation layers for PyTorch: torch.nn's names, on CPU and CUDA."""
 
-from . import functional, nn
+from . import functional, models, nn
 from ._info import __version__, info
+from .convert import ConvertReport, convert, revert
+from .fuse import fuse
 from .layers import *  # noqa: F403
 from .layers import __all__ as _layers
+from .save_memory import save_memory, saved_bytes
 
-__all__ = [*_layers, "__version__", "check", "functional", "info", "nn"]  # noqa: F405
+__all__ = [  # noqa: F405
+    *_layers,
+    "ConvertReport",
+    "__version__",
+    "check",
+    "convert",
+    "functional",
+    "fuse",
+    "info",
+    "models",
+    "nn",
+    "revert",
+    "save_memory",
+    "saved_bytes",
+]
 
 
 def __getattr__(name: str):

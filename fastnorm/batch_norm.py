@@ -4,6 +4,7 @@ z = (x - mean) / sqrt(var + eps) * weight + bias + residual,  y = activation(z)
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ._library import extension, ops
+from ._recipes import recorder
 from .activation import activate
-from .module import MODULE_DOC, FusedNorm, intercept, intercepted
+from .module import MODULE_DOC, FusedNorm
 from .transforms import ChannelFold, Norm, NormBackwardFunction, NormFunction, define_recorded, finish, unpack_bits
 
 _forward = ops.batch_norm_forward.default
@@ -138,14 +140,26 @@ def _batch_norm(
                 _norm, x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum,
                 eps, activation or "none", negative_slope,
             )[0]  # fmt: skip
-        return extension.batch_norm(
+        y = extension.batch_norm(
             x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
             activation or "none", negative_slope,
         )  # fmt: skip
+        if (memory := recorder()) is not None:
+            running = (None, None) if training else (running_mean.clone(), running_var.clone())
+            again = partial(_again, running, training, eps, activation or "none", negative_slope)
+            memory.remember(y, again, x, residual, weight, bias)
+        return y
     return (_forward if training else _forward_frozen)(
         x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
         activation or "none", negative_slope, False,
     )[0]  # fmt: skip
+
+
+def _again(running, training, eps, activation, negative_slope, x, residual, weight, bias) -> Tensor:
+    """y, bit for bit: the same kernel, without counting the batch."""
+    return extension.batch_norm(
+        x, residual, weight, bias, *running, None, training, 0.0, eps, activation, negative_slope
+    )  # fmt: skip
 
 
 def _in_torch_operators(
@@ -234,7 +248,7 @@ define_recorded(_norm, _backward)
 
 
 class FusedBatchNorm(FusedNorm):
-    """forward() and the keywords that the three modules share."""
+    """What the three modules share."""
 
     activation: str | None = None
     negative_slope: float = 0.01
@@ -258,10 +272,7 @@ class FusedBatchNorm(FusedNorm):
             negative_slope=negative_slope, **kwargs,
         )  # fmt: skip
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """activation(norm(input) + residual)"""
-        if intercepted(input, residual):
-            return intercept(self, input, residual)
+    def fused(self, input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float) -> Tensor:
         self._check_input_dim(input)
         try:  # not by attribute: nn.Module looks those up slowly, and a tiny batch notices
             weight, bias = self._parameters["weight"], self._parameters["bias"]
@@ -278,7 +289,7 @@ class FusedBatchNorm(FusedNorm):
             training = True
         return _batch_norm(
             input, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, self.momentum,
-            self.eps, self.activation, self.negative_slope,
+            self.eps, activation, negative_slope,
         )  # fmt: skip
 
 

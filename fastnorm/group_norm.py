@@ -5,6 +5,7 @@ z = (x - mean) / sqrt(var + eps) * weight + bias + residual,  y = activation(z),
 
 import math
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ._library import extension, ops
+from ._recipes import recorder
 from .activation import activate
 from .batch_norm import _batch_norm
-from .module import MODULE_DOC, FusedNorm, intercept, intercepted
+from .module import MODULE_DOC, FusedNorm
 from .transforms import (
     ChannelFold,
     Norm,
@@ -189,7 +191,15 @@ def _group_norm(
         return _forward(*args, False)[:2]
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return NormFunction.apply(_norm, *args)
-    return extension.group_norm(*args)
+    y, stats = extension.group_norm(*args)
+    if (memory := recorder()) is not None:
+        memory.remember(y, partial(_again, args[4:]), *args[:4])
+    return y, stats
+
+
+def _again(config: tuple, *tensors: Tensor | None) -> Tensor:
+    """y, bit for bit: the same kernel."""
+    return extension.group_norm(*tensors, *config)[0]
 
 
 def _instance_norm(
@@ -321,21 +331,16 @@ class GroupNorm(FusedNorm, nn.GroupNorm):
             **kwargs,
         )  # fmt: skip
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """activation(norm(input) + residual)"""
-        if intercepted(input, residual):
-            return intercept(self, input, residual)
+    def fused(self, input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float) -> Tensor:
         try:  # not by attribute: nn.Module looks those up slowly, and a tiny batch notices
             weight, bias = self._parameters["weight"], self._parameters["bias"]
         except KeyError:  # replaced by a parametrization, or by hand
             weight, bias = self.weight, self.bias
-        return _checked_group_norm(
-            input, residual, weight, bias, self.num_groups, self.eps, self.activation, self.negative_slope
-        )
+        return _checked_group_norm(input, residual, weight, bias, self.num_groups, self.eps, activation, negative_slope)
 
 
 class _FusedInstanceNorm(FusedNorm):
-    """forward() and the keywords that the three modules share."""
+    """What the three modules share."""
 
     def __init__(
         self,
@@ -356,19 +361,17 @@ class _FusedInstanceNorm(FusedNorm):
             negative_slope=negative_slope, **kwargs,
         )  # fmt: skip
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """activation(norm(input) + residual)"""
-        if intercepted(input, residual):
-            return intercept(self, input, residual)
+    def fused(self, input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float) -> Tensor:
         self._check_input_dim(input)
         unbatched = input.dim() == self._get_no_batch_dim()
         self._check_channels(input, 0 if unbatched else 1)
         if unbatched:
-            return self.forward(input.unsqueeze(0), None if residual is None else residual.unsqueeze(0)).squeeze(0)
+            residual = None if residual is None else residual.unsqueeze(0)
+            return self.fused(input.unsqueeze(0), residual, activation, negative_slope).squeeze(0)
         return _instance_norm(
             input, residual, self.weight, self.bias, self.running_mean, self.running_var,
             self.training or not self.track_running_stats, 0.0 if self.momentum is None else self.momentum, self.eps,
-            self.activation, self.negative_slope,
+            activation, negative_slope,
         )  # fmt: skip
 
     def _check_channels(self, input: Tensor, dim: int) -> None:
@@ -382,7 +385,7 @@ class _FusedInstanceNorm(FusedNorm):
         warnings.warn(
             f"{type(self).__name__}: the input has {input.size(dim)} channels, and num_features is "
             f"{self.num_features}, which is not used as affine is False",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -4,6 +4,7 @@ z = (x - mean) / sqrt(var + eps) * weight + bias + residual,  y = activation(z);
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ._library import extension, ops
+from ._recipes import recorder
 from .activation import activate
-from .module import MODULE_DOC, FusedNorm, intercept, intercepted
+from .module import MODULE_DOC, FusedNorm
 from .transforms import Norm, NormFunction, autocast_to_float32, define_recorded, finish, unpack_bits, vmap_composite
 
 _forward = ops.layer_norm_forward.default
@@ -246,7 +248,15 @@ def _layer_norm(
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         h = x if addend is None else x + addend
         return NormFunction.apply(_norm, h, residual, weight, bias, *args)[0], h
-    return extension.layer_norm(x, addend, residual, weight, bias, *args)
+    y, h = extension.layer_norm(x, addend, residual, weight, bias, *args)
+    if (memory := recorder()) is not None:
+        memory.remember(y, partial(_again, args), x if addend is None else h, residual, weight, bias)
+    return y, h
+
+
+def _again(config: tuple, x: Tensor, *tensors: Tensor | None) -> Tensor:
+    """y, bit for bit: the same kernel; x is the sum where there was one."""
+    return extension.layer_norm(x, None, *tensors, *config)[0]
 
 
 def _in_torch_operators(x, residual, weight, bias, shape, dim, rms, eps, activation, negative_slope) -> Tensor:
@@ -325,15 +335,12 @@ define_recorded(_norm, _backward)
 
 
 class _FusedLayerNorm(FusedNorm):
-    """forward() of the modules; what they normalise over begins at dimension `_dim`, None: is the end of the shape."""
+    """fused() of the modules; what they normalise over begins at dimension `_dim`, None: is the end of the shape."""
 
     _rms = False
     _dim: int | None = None
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """activation(norm(input) + residual)"""
-        if intercepted(input, residual):
-            return intercept(self, input, residual)
+    def fused(self, input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float) -> Tensor:
         try:  # not by attribute: nn.Module looks those up slowly, and a tiny batch notices
             weight, bias = self._parameters["weight"], self._parameters.get("bias")
         except KeyError:  # replaced by a parametrization, or by hand
@@ -341,7 +348,7 @@ class _FusedLayerNorm(FusedNorm):
         shape = self.normalized_shape
         dim = -len(shape) if self._dim is None else self._dim
         return _layer_norm(
-            input, None, residual, weight, bias, shape, dim, self._rms, self.eps, self.activation, self.negative_slope
+            input, None, residual, weight, bias, shape, dim, self._rms, self.eps, activation, negative_slope
         )[0]
 
 

@@ -20,6 +20,16 @@ class FusedNorm(nn.Module):
         self.activation = activation
         self.negative_slope = negative_slope
 
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """activation(norm(input) + residual)"""
+        if intercepted(input, residual):
+            return intercept(self, input, residual)
+        return self.fused(input, residual, self.activation, self.negative_slope)
+
+    def fused(self, input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float) -> Tensor:
+        """forward() with another activation than the module's own: what fastnorm.fuse calls."""
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
         text = super().extra_repr()
         if self.activation is not None:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ._library import ops
 from .activation import TWO_SLOPES
 from .batch_norm import FusedBatchNorm
-from .module import FusedNorm, intercepted
+from .module import FusedNorm
 
 
 def _merge(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,10 +141,9 @@ class SyncBatchNorm(FusedBatchNorm, nn.SyncBatchNorm):
             activation=activation, negative_slope=negative_slope, **kwargs,
         )  # fmt: skip
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """activation(norm(input) + residual)"""
-        if intercepted(input, residual) or not self._several_processes():
-            return super().forward(input, residual)
+    def fused(self, input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float) -> Tensor:
+        if not self._several_processes():
+            return super().fused(input, residual, activation, negative_slope)
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
         running_mean, running_var, num_batches_tracked = None, None, None
@@ -158,7 +157,7 @@ class SyncBatchNorm(FusedBatchNorm, nn.SyncBatchNorm):
             num_batches_tracked.add_(1)
         return SyncBatchNormFunction.apply(
             input, residual, self.weight, self.bias, running_mean, running_var, num_batches_tracked, self.momentum,
-            self.eps, self.activation, self.negative_slope, self.process_group or dist.group.WORLD,
+            self.eps, activation, negative_slope, self.process_group or dist.group.WORLD,
         )  # fmt: skip
 
     def _several_processes(self) -> bool:
