@@ -10,7 +10,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "max_pool2d_host.h"
-#include "norm_autograd.h"
+#include "pool_autograd.h"
 
 namespace fastnorm {
 namespace {
@@ -45,7 +45,7 @@ struct Pooling {
     const bool all_inside = window.dilation[0] == 1 && window.dilation[1] == 1;  // else a window may have no tap inside
     const Tensor inside = all_inside ? Tensor() : row.lt(height).logical_and(column.lt(width));
     if (!all_inside) index = at::where(inside, index, 0);
-    const Tensor won = t.flatten(-2).gather(-1, index.flatten(-2)).view_symint(offset.sym_sizes());
+    const Tensor won = gather_planes(t, index);
     return all_inside ? won : at::where(inside, won, 0);
   }
 };

@@ -1,6 +1,6 @@
 // Max-unpooling in autograd: dx = the elements of dy that x went to.
 #ifndef FASTNORM_CUDA_EMULATION
-#include "norm_autograd.h"
+#include "pool_autograd.h"
 
 namespace fastnorm {
 namespace {
@@ -24,7 +24,7 @@ struct MaxUnpool2dBackward final : torch::autograd::TraceableFunction {
     TORCH_CHECK(!released, torch::autograd::ERR_BACKWARD_TWICE);
     if (!grads[0].defined()) return {Tensor()};
     const Tensor indices = saved.unpack(this->getptr());
-    return {grads[0].flatten(-2).gather(-1, indices.flatten(-2)).view_symint(indices.sym_sizes())};
+    return {gather_planes(grads[0], indices)};
   }
 };
 

@@ -137,8 +137,7 @@ def max_unpool2d(
         return handle_torch_function(
             max_unpool2d, (input,), input, indices, kernel_size, stride, padding, output_size
         )
-    kernel = _pair(kernel_size)
-    size = F._unpool_output_size(input, kernel, kernel if stride is None else _pair(stride), _pair(padding), output_size)
+    size = _unpool_size(input, _pair(kernel_size), _pair(kernel_size if stride is None else stride), _pair(padding), output_size)
     if input.dtype not in _DTYPES:
         return torch._C._nn.max_unpool2d(input, indices, size)
     # As torch's autocast on the CPU.
@@ -155,6 +154,30 @@ def _max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode, return_ind
         y, _, indices = _forward(x, kernel_size, stride, padding, dilation, ceil_mode, False, return_indices)
         return (y, indices) if return_indices else y
     return extension.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+
+
+def _unpool_size(x, kernel, stride, padding, output_size):
+    default = [(n - 1) * s + k - 2 * p for n, k, s, p in zip(x.shape[-2:], kernel, stride, padding, strict=True)]
+    if output_size is None:
+        size = default
+    elif len(output_size) in (2, 4):
+        size = list(output_size)[-2:]
+    else:
+        raise ValueError(
+            "max_unpool2d: output_size should be a sequence containing 2 or 4 elements, but it has a length of "
+            f"'{len(output_size)}'"
+        )
+    for d in range(2):
+        if output_size is not None and not default[d] - stride[d] < size[d] < default[d] + stride[d]:
+            raise ValueError(
+                f'max_unpool2d: invalid output_size "{output_size}" (dim {d} must be between {default[d] - stride[d]} '
+                f"and {default[d] + stride[d]})"
+            )
+        if size[d] < 0:
+            raise ValueError(
+                f"max_unpool2d: output_size must contain non-negative spatial dimensions, but got {size[d]}"
+            )
+    return size
 
 
 # ---- torch.func.vmap ------------------------------------------------------------------------------------------------

@@ -38,9 +38,9 @@ def intercepted(input: Any, residual: Any) -> bool:
 
 def intercept(module: nn.Module, input: Any, *others: Any) -> Any:
     """What such a call returns. fastnorm's modules are leaves of a trace, as torch.nn's are."""
+    while others and others[-1] is None:
+        others = others[:-1]
     if isinstance(input, fx.Proxy):
-        while others and others[-1] is None:
-            others = others[:-1]
         return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), (input, *others), {})
     return handle_torch_function(type(module).forward, (input, *others), module, input, *others)
 
