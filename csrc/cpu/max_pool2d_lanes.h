@@ -76,22 +76,34 @@ template <class F>
   }
 }
 
-// The greatest values so far, and which taps had them.
-template <class A, int L, bool kTaps>
-struct Best {
-  Lanes<A, L> value;
-  Lanes<Tap<A>, L> tap;
+// A number in every lane.
+template <int L, class T>
+[[gnu::always_inline]] inline Lanes<T, L> lanes_of(T v) {
+  return v - Lanes<T, L>{};  // not a sum, which would make -0 into 0
+}
 
-  [[gnu::always_inline]] inline void take(Lanes<A, L> v, Lanes<Tap<A>, L> t) {
+// The greatest values so far, and for each of up to two kinds of labels which one came with it.
+template <class A, int L, int kLabels>
+struct Best {
+  using Label = Lanes<Tap<A>, L>;
+  Lanes<A, L> value;
+  Label label[kLabels + 1];  // one more than there is, as none is no array
+
+  template <class... Labels>
+  [[gnu::always_inline]] inline void take(const Lanes<A, L>& v, const Labels&... labels) {
+    static_assert(sizeof...(labels) == kLabels);
     const auto better = (v > value) | (v != v);
     value = better ? v : value;
-    if constexpr (kTaps) tap = better ? t : tap;
+    int i = 0;
+    ((label[i] = better ? labels : label[i], i++), ...);
   }
 };
 
-template <int L, class A>
-[[gnu::always_inline]] inline Lanes<Tap<A>, L> taps(int t) {
-  return Lanes<Tap<A>, L>{} + Tap<A>(t);
+// Elements of a and b in turn, the first or the second half of them.
+template <int kFirst, class V, int... i>
+[[gnu::always_inline]] inline V interleave(V a, V b, std::integer_sequence<int, i...>) {
+  constexpr int L = sizeof...(i);
+  return __builtin_shufflevector(a, b, (kFirst + i / 2 + i % 2 * L)...);
 }
 
 // ---- 16-bit types ---------------------------------------------------------------------------------------------------
@@ -144,20 +156,56 @@ template <int L, class T>
 
 // ---- Offsets --------------------------------------------------------------------------------------------------------
 
+// The lowest byte of each lane.  GCC 12 does that lane by lane.
+template <int L, class V>
+[[gnu::always_inline]] inline Lanes<uint8_t, L> lowest_bytes(V v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (sizeof(V) == 64 && L == 16) return Lanes<uint8_t, L>(_mm512_cvtepi32_epi8((__m512i)v));
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (sizeof(V) == 32 && L == 8) {
+    constexpr int kZero = -1;
+    const __m256i order = _mm256_setr_epi8(0, 4, 8, 12, kZero, kZero, kZero, kZero, kZero, kZero, kZero, kZero, kZero,
+                                           kZero, kZero, kZero, kZero, kZero, kZero, kZero, 0, 4, 8, 12, kZero, kZero,
+                                           kZero, kZero, kZero, kZero, kZero, kZero);
+    const __m256i quarters = _mm256_shuffle_epi8((__m256i)v, order);
+    const int64_t all = _mm_cvtsi128_si64(
+        _mm_or_si128(_mm256_castsi256_si128(quarters), _mm256_extracti128_si256(quarters, 1)));
+    Lanes<uint8_t, L> bytes;
+    std::memcpy(&bytes, &all, sizeof(bytes));
+    return bytes;
+  }
+#endif
+  return __builtin_convertvector(v, Lanes<uint8_t, L>);
+}
+
 template <int L, class V>
 [[gnu::always_inline]] inline void store_offsets(void* p, int bytes, int64_t i, V tap) {
   switch (bytes) {
-    case 1: return store_lanes(static_cast<uint8_t*>(p) + i, __builtin_convertvector(tap, Lanes<uint8_t, L>));
+    case 1: return store_lanes(static_cast<uint8_t*>(p) + i, lowest_bytes<L>(tap));
     case 2: return store_lanes(static_cast<int16_t*>(p) + i, __builtin_convertvector(tap, Lanes<int16_t, L>));
     default: return store_lanes(static_cast<int32_t*>(p) + i, __builtin_convertvector(tap, Lanes<int32_t, L>));
   }
 }
 
-template <int L, class A>
+// Bytes as wider numbers, for which GCC 12 shifts and masks.
+template <class Wide, int L>
+[[gnu::always_inline]] inline Lanes<Wide, L> load_bytes(const uint8_t* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (sizeof(Wide) == 4 && L == 16)
+    return Lanes<Wide, L>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (sizeof(Wide) == 4 && L == 8)
+    return Lanes<Wide, L>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#endif
+  return __builtin_convertvector(load_lanes<L>(p), Lanes<Wide, L>);
+}
+
+// kBytes: of an offset, or 0 where that is only known when the program runs.
+template <int kBytes, int L, class A>
 [[gnu::always_inline]] inline Lanes<Tap<A>, L> load_offsets(const void* p, int bytes, int64_t i) {
   using V = Lanes<Tap<A>, L>;
-  switch (bytes) {
-    case 1: return __builtin_convertvector(load_lanes<L>(static_cast<const uint8_t*>(p) + i), V);
+  switch (kBytes ? kBytes : bytes) {
+    case 1: return load_bytes<Tap<A>, L>(static_cast<const uint8_t*>(p) + i);
     case 2: return __builtin_convertvector(load_lanes<L>(static_cast<const int16_t*>(p) + i), V);
     default: return __builtin_convertvector(load_lanes<L>(static_cast<const int32_t*>(p) + i), V);
   }

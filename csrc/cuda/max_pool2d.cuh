@@ -25,7 +25,7 @@ __device__ __forceinline__ int split(int64_t& i, int64_t d) {
 
 __device__ __forceinline__ int64_t work_item() { return int64_t(blockIdx.x) * kPoolThreads + threadIdx.x; }
 
-// Calls launch with the blocks that so many work items, at least one, need.
+// The blocks that so many work items, at least one, need.
 inline dim3 pool_blocks(int64_t items) { return dim3(unsigned((items + kPoolThreads - 1) / kPoolThreads)); }
 
 __device__ __forceinline__ void write_offset(void* p, int bytes, int64_t i, int tap) {
@@ -113,20 +113,29 @@ struct Window {
   }
 };
 
-template <class T>
-bool is_wide(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
-}
-
 // f(Window<...>()) for a window that has a kernel of its own, else otherwise().
 template <class F, class G>
-cudaError_t with_window(const PoolShape& s, F f, G otherwise) {
+auto with_window(const PoolShape& s, F f, G otherwise) {
   auto fits = [&](auto window) { return window.fits(s.y) && window.fits(s.x) && s.x.in == s.x.out * window.stride; };
   if (fits(Window<3, 2, 1>())) return f(Window<3, 2, 1>());
   if (fits(Window<2, 2, 0>())) return f(Window<2, 2, 0>());
   if (fits(Window<3, 1, 1>())) return f(Window<3, 1, 1>());
   if (fits(Window<3, 2, 0>())) return f(Window<3, 2, 0>());
   return otherwise();
+}
+
+enum class Way { kElements, kChannels, kPlanes };
+
+// Which kernel runs for these images, x and y or dy and dx.
+template <class T>
+Way way_of(const PoolShape& s, const void* image, const void* other, const void* offset) {
+  constexpr int V = kLanes<T>;
+  auto is_multiple = [](const void* p, int of) { return reinterpret_cast<uintptr_t>(p) % of == 0; };
+  if (s.offset_bytes() != 1 || !is_multiple(image, 16) || !is_multiple(other, 16) || !is_multiple(offset, V))
+    return Way::kElements;
+  if (s.c % V == 0) return Way::kChannels;
+  const bool planes = s.c == 1 && s.x.out % V == 0 && with_window(s, [](auto) { return true; }, [] { return false; });
+  return planes ? Way::kPlanes : Way::kElements;
 }
 
 }  // namespace

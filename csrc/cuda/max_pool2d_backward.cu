@@ -121,14 +121,9 @@ cudaError_t launch_elements(const MaxPool2dBackward& a, cudaStream_t stream) {
 }
 
 template <class T>
-cudaError_t launch_backward(const MaxPool2dBackward& a, cudaStream_t stream) {
+cudaError_t launch_planes(const MaxPool2dBackward& a, cudaStream_t stream) {
   constexpr int V = kLanes<T>;
   const PoolShape& s = a.shape;
-  const bool aligned =
-      is_wide<T>(a.dy) && is_wide<T>(a.dx) && reinterpret_cast<uintptr_t>(a.offset) % V == 0 && s.offset_bytes() == 1;
-  if (aligned && s.c % V == 0) return launch_elements<T, V>(a, stream);
-  auto any = [&] { return launch_elements<T, 1>(a, stream); };
-  if (!aligned || s.c != 1 || s.x.out % V != 0) return any();
   return with_window(
       s,
       [&](auto window) {
@@ -137,7 +132,16 @@ cudaError_t launch_backward(const MaxPool2dBackward& a, cudaStream_t stream) {
         return launch(max_pool2d_planes_gradient_kernel<T, W, V>, pool_blocks(items), dim3(kPoolThreads), 0, stream, a,
                       items);
       },
-      any);
+      [] { return cudaErrorInvalidValue; });
+}
+
+template <class T>
+cudaError_t launch_backward(const MaxPool2dBackward& a, cudaStream_t stream) {
+  switch (way_of<T>(a.shape, a.dy, a.dx, a.offset)) {
+    case Way::kPlanes: return launch_planes<T>(a, stream);
+    case Way::kChannels: return launch_elements<T, kLanes<T>>(a, stream);
+    default: return launch_elements<T, 1>(a, stream);
+  }
 }
 
 }  // namespace

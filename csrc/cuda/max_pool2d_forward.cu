@@ -183,21 +183,26 @@ cudaError_t launch_channels(const MaxPool2dForward& a, cudaStream_t stream) {
 }
 
 template <class T>
-cudaError_t launch_forward(const MaxPool2dForward& a, cudaStream_t stream) {
+cudaError_t launch_planes(const MaxPool2dForward& a, cudaStream_t stream) {
   constexpr int V = kLanes<T>;
   const PoolShape& s = a.shape;
-  const bool aligned = is_wide<T>(a.x) && is_wide<T>(a.y) && s.offset_bytes() == 1;
-  if (aligned && s.c % V == 0) return launch_channels<T>(a, stream);
-  auto any = [&] { return launch_elements<T, 0, 1>(a, stream); };
-  if (!aligned || s.c != 1 || s.x.out % V != 0) return any();
+  const int64_t items = s.n * ((s.y.out + kStrip - 1) / kStrip) * (s.x.out / V);
   return with_window(
       s,
       [&](auto window) {
-        const int64_t items = s.n * ((s.y.out + kStrip - 1) / kStrip) * (s.x.out / V);
         return launch(max_pool2d_planes_kernel<T, decltype(window), V>, pool_blocks(items), dim3(kPoolThreads), 0,
                       stream, a, items);
       },
-      any);
+      [] { return cudaErrorInvalidValue; });
+}
+
+template <class T>
+cudaError_t launch_forward(const MaxPool2dForward& a, cudaStream_t stream) {
+  switch (way_of<T>(a.shape, a.x, a.y, a.offset)) {
+    case Way::kPlanes: return launch_planes<T>(a, stream);
+    case Way::kChannels: return launch_channels<T>(a, stream);
+    default: return launch_elements<T, 0, 1>(a, stream);
+  }
 }
 
 }  // namespace
