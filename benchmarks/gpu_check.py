@@ -28,7 +28,7 @@ SMALL_SHAPES = ((2, 3, 1, 1), (3, 7, 5, 5), (4, 65, 7, 7), (2, 6, 28, 28), (2, 2
 def small_cases() -> None:
     """A few small launches of every kernel: what the sanitizers run."""
     import fastnorm
-    from fastnorm.functional import add_layer_norm, batch_norm, group_norm, layer_norm, rms_norm
+    from fastnorm.functional import add_layer_norm, batch_norm, group_norm, layer_norm, max_pool2d, max_unpool2d, rms_norm
 
     layouts = (torch.contiguous_format, torch.channels_last)
     for shape, dtype, layout in itertools.product(SMALL_SHAPES, (torch.float32, torch.bfloat16), layouts):
@@ -56,6 +56,12 @@ def small_cases() -> None:
             for y in outputs:
                 grads = torch.autograd.grad(y, (x, weight, bias, scale), dy, allow_unused=True)
                 assert all(t.isfinite().all() for t in (y, *grads) if t is not None), (shape, dtype, activation)
+        image = x.repeat(1, 1, 2, 4).contiguous(memory_format=layout)  # in part wide enough for whole vectors
+        for window in ((3, 2, 1), (2, 2), (3, 1, 1), (3, 2, 0, 1, True), (2, 1, 1)):
+            y, indices = max_pool2d(image, *window, return_indices=True)
+            torch.autograd.grad(y, x, torch.randn_like(y), retain_graph=True)
+            if window == (2, 2):
+                max_unpool2d(y, indices, 2)
     torch.cuda.synchronize()
     print("small cases: done")
 

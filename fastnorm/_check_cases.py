@@ -15,6 +15,7 @@ from .activation import ACTIVATIONS, activate
 from .batch_norm import batch_norm
 from .group_norm import group_norm
 from .layer_norm import LayerNorm2d, add_layer_norm, layer_norm, rms_norm
+from .max_pool2d import max_pool2d, max_unpool2d
 
 FORMATS = {"planes": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -183,8 +184,51 @@ def _layer_norm_operators(device: str, dtype: torch.dtype) -> Iterator[tuple[obj
             yield ops.layer_norm_backward.default, backward
 
 
+def _max_pool2d_cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
+    windows = {"3x3 s2": (3, 2, 1), "2x2 s2": (2,), "3x3 s1": (3, 1, 1), "dilated": ((3, 2), 1, 1, 2, True)}
+    for (name, window), layout in itertools.product(windows.items(), FORMATS):
+        values = torch.randperm(2 * 8 * 8 * 8, dtype=torch.float64).view(2, 8, 8, 8) / 1024 - 0.5  # none are close
+        inputs = (values.to(device, dtype).contiguous(memory_format=FORMATS[layout]),)
+
+        def function(x, window=window):
+            return max_pool2d(x, *window)
+
+        def reference(x, window=window):
+            return F.max_pool2d(x, *window)
+
+        yield Case(f"{name} {layout}", inputs, function, reference, (slice(2), slice(2)))
+
+
+def _max_pool2d_operators(device: str, dtype: torch.dtype) -> Iterator[tuple[object, tuple]]:
+    x, window = torch.randn(2, 4, 6, 8, device=device, dtype=dtype), ([3], [2], [1], [1])
+    yield ops.max_pool2d_forward.default, (x, *window, False, False, True)
+    y, offset, _ = ops.max_pool2d_forward.default(x, *window, False, True, False)
+    yield ops.max_pool2d_backward.default, (y, offset, 6, 8, *window, False)
+
+
+def _max_unpool2d_cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
+    for layout in FORMATS:
+        format = FORMATS[layout]
+        pooled, indices = F.max_pool2d(_random(device, dtype)(2, 4, 8, 8, format=format), 2, return_indices=True)
+
+        def function(x, indices=indices):
+            return max_unpool2d(x, indices[: x.shape[0], : x.shape[1]], 2)
+
+        def reference(x, indices=indices):
+            return F.max_unpool2d(x, indices[: x.shape[0], : x.shape[1]], 2)
+
+        yield Case(layout, (pooled,), function, reference, (slice(2), slice(2)))
+
+
+def _max_unpool2d_operators(device: str, dtype: torch.dtype) -> Iterator[tuple[object, tuple]]:
+    y, indices = F.max_pool2d(torch.randn(2, 4, 8, 8, device=device, dtype=dtype), 2, return_indices=True)
+    yield ops.max_unpool2d.default, (y, indices, [8, 8])
+
+
 CHECKS: dict[str, OpCheck] = {
     "batch_norm": OpCheck(_batch_norm_cases, _batch_norm_operators),
     "group_norm": OpCheck(_group_norm_cases, _group_norm_operators),
     "layer_norm": OpCheck(_layer_norm_cases, _layer_norm_operators),
+    "max_pool2d": OpCheck(_max_pool2d_cases, _max_pool2d_operators),
+    "max_unpool2d": OpCheck(_max_unpool2d_cases, _max_unpool2d_operators),
 }

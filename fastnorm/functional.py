@@ -3,5 +3,17 @@
 from .batch_norm import batch_norm
 from .group_norm import group_norm, instance_norm
 from .layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .max_pool2d import max_pool2d, max_pool2d_with_indices, max_unpool2d
 
-__all__ = ["add_layer_norm", "add_rms_norm", "batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "batch_norm",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "max_pool2d",
+    "max_pool2d_with_indices",
+    "max_unpool2d",
+    "rms_norm",
+]

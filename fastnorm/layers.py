@@ -3,6 +3,7 @@
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from .layer_norm import LayerNorm, LayerNorm2d, RMSNorm
+from .max_pool2d import MaxPool2d, MaxUnpool2d
 from .sync_batch_norm import SyncBatchNorm
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "InstanceNorm3d",
     "LayerNorm",
     "LayerNorm2d",
+    "MaxPool2d",
+    "MaxUnpool2d",
     "RMSNorm",
     "SyncBatchNorm",
 ]

@@ -46,12 +46,13 @@ def intercepted(input: Any, residual: Any) -> bool:
     return isinstance(input, fx.Proxy) or has_torch_function((input, residual))
 
 
-def intercept(module: nn.Module, input: Any, residual: Any) -> Any:
+def intercept(module: nn.Module, input: Any, *others: Any) -> Any:
     """What such a call returns. fastnorm's modules are leaves of a trace, as torch.nn's are."""
+    while others and others[-1] is None:
+        others = others[:-1]
     if isinstance(input, fx.Proxy):
-        args = (input,) if residual is None else (input, residual)
-        return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), args, {})
-    return handle_torch_function(type(module).forward, (input, residual), module, input, residual)
+        return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), (input, *others), {})
+    return handle_torch_function(type(module).forward, (input, *others), module, input, *others)
 
 
 MODULE_DOC = """{title} with an optional addition and activation in the same kernel.

@@ -1,0 +1,228 @@
+// What the max-pooling kernels compute with: vectors of any power of two of lanes, in the compiler's own vector types,
+// as at::vec has one size only and rows are often shorter; and rows of 16-bit types as float32.
+#pragma once
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+#include "../max_pool2d.h"
+#include "vector.h"
+
+namespace fastnorm::cpu::CPU_CAPABILITY {
+namespace {
+
+template <class T, int L>
+struct LanesOf {
+  typedef T type __attribute__((vector_size(L * sizeof(T))));
+};
+template <class T, int L>
+using Lanes = typename LanesOf<T, L>::type;
+
+// An integer as wide as A: what tells the taps of a vector of A apart.
+template <class A>
+using Tap = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+
+constexpr int kPoolLanes = at::vec::Vectorized<float>::size();  // as many as a register has, in float32
+
+template <int L, class T>
+[[gnu::always_inline]] inline Lanes<T, L> load_lanes(const T* p) {
+  Lanes<T, L> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <class T, class V>
+[[gnu::always_inline]] inline void store_lanes(T* p, V v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+// Every other one of 2 L elements.
+template <int kFirst, int L, class T, int... i>
+[[gnu::always_inline]] inline Lanes<T, L> every_other(const T* p, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(load_lanes<L>(p), load_lanes<L>(p + L), (2 * i + kFirst)...);
+}
+
+// p[at + i * stride] for every lane i; kStride is the stride, or 0 where it is only known when the program runs.
+// Touches nothing beside the elements from p[0] to the last of them.  With a stride of 2, p[1] is there.
+template <int L, int kStride, class T>
+[[gnu::always_inline]] inline Lanes<T, L> strided(const T* p, int64_t at, int64_t stride) {
+  if constexpr (kStride == 1) {
+    return load_lanes<L>(p + at);
+  } else if constexpr (kStride == 2) {
+    constexpr std::make_integer_sequence<int, L> lanes;
+    return at == 0 ? every_other<0, L>(p, lanes) : every_other<1, L>(p + at - 1, lanes);
+  } else {
+    Lanes<T, L> v;
+    for (int i = 0; i < L; i++) v[i] = p[at + i * stride];
+    return v;
+  }
+}
+
+// f(L, i) for blocks that cover [begin, end), the last of which may overlap the one before.
+template <class F>
+[[gnu::always_inline]] inline void for_blocks(int64_t begin, int64_t end, F f) {
+  constexpr int L = kPoolLanes, kHalf = L / 2;
+  const int64_t n = end - begin;
+  if (n >= L) {
+    int64_t i = begin;
+    for (; i + L <= end; i += L) f(std::integral_constant<int, L>(), i);
+    if (i < end) f(std::integral_constant<int, L>(), end - L);
+  } else if (n >= kHalf) {
+    f(std::integral_constant<int, kHalf>(), begin);
+    if (n > kHalf) f(std::integral_constant<int, kHalf>(), end - kHalf);
+  } else {
+    for (int64_t i = begin; i < end; i++) f(std::integral_constant<int, 1>(), i);
+  }
+}
+
+// A number in every lane.
+template <int L, class T>
+[[gnu::always_inline]] inline Lanes<T, L> lanes_of(T v) {
+  return v - Lanes<T, L>{};  // not a sum, which would make -0 into 0
+}
+
+// The greatest values so far, and for each of up to two kinds of labels which one came with it.
+template <class A, int L, int kLabels>
+struct Best {
+  using Label = Lanes<Tap<A>, L>;
+  Lanes<A, L> value;
+  Label label[kLabels + 1];  // one more than there is, as none is no array
+
+  template <class... Labels>
+  [[gnu::always_inline]] inline void take(const Lanes<A, L>& v, const Labels&... labels) {
+    static_assert(sizeof...(labels) == kLabels);
+    const auto better = (v > value) | (v != v);
+    value = better ? v : value;
+    int i = 0;
+    ((label[i] = better ? labels : label[i], i++), ...);
+  }
+};
+
+// Elements of a and b in turn, the first or the second half of them.
+template <int kFirst, class V, int... i>
+[[gnu::always_inline]] inline V interleave(V a, V b, std::integer_sequence<int, i...>) {
+  constexpr int L = sizeof...(i);
+  return __builtin_shufflevector(a, b, (kFirst + i / 2 + i % 2 * L)...);
+}
+
+// ---- 16-bit types ---------------------------------------------------------------------------------------------------
+
+// to[i] = from[i], from or to a 16-bit type; a row's end may be written more than once.
+template <class T>
+inline void widen_row(const T* from, float* to, int64_t n) {
+  for_packs<T>(n, [&](int64_t i, auto count, auto) { store(to + i, load(from + i, count), count); });
+}
+template <class T>
+inline void narrow_row(const float* from, T* to, int64_t n) {
+  for_packs<T>(n, [&](int64_t i, auto count, auto) { store(to + i, load(from + i, count), count); });
+}
+
+// L values in the type that is computed with.
+template <int L, class T>
+[[gnu::always_inline]] inline Lanes<Accumulate<T>, L> load_wide(const T* p) {
+  if constexpr (std::is_same_v<T, Accumulate<T>>) {
+    return load_lanes<L>(p);
+  } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    using Bits = Lanes<uint32_t, L>;
+    const Bits bits = __builtin_convertvector(load_lanes<L>(reinterpret_cast<const uint16_t*>(p)), Bits) << 16;
+    return Lanes<float, L>(bits);
+  } else if constexpr (L == kPoolLanes) {
+    float v[2 * L];
+    const auto [a, b] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(p, L));
+    a.store(v), b.store(v + L);
+    return load_lanes<L>(v);
+  } else {
+    Lanes<float, L> v;
+    for (int i = 0; i < L; i++) v[i] = float(p[i]);
+    return v;
+  }
+}
+
+template <int L, class T>
+[[gnu::always_inline]] inline void store_narrow(T* p, Lanes<Accumulate<T>, L> v) {
+  if constexpr (std::is_same_v<T, Accumulate<T>>) {
+    store_lanes(p, v);
+  } else if constexpr (L == kPoolLanes) {
+    using V = at::vec::Vectorized<float>;
+    float from[L];
+    store_lanes(from, v);
+    const auto narrow = at::vec::convert_from_float<T>(V::loadu(from), V(0.f));
+    narrow.store(p, L);
+  } else {
+    for (int i = 0; i < L; i++) p[i] = T(v[i]);
+  }
+}
+
+// ---- Offsets --------------------------------------------------------------------------------------------------------
+
+// The lowest byte of each lane.  GCC 12 does that lane by lane.
+template <int L, class V>
+[[gnu::always_inline]] inline Lanes<uint8_t, L> lowest_bytes(V v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (sizeof(V) == 64 && L == 16) return Lanes<uint8_t, L>(_mm512_cvtepi32_epi8((__m512i)v));
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (sizeof(V) == 32 && L == 8) {
+    constexpr int kZero = -1;
+    const __m256i order = _mm256_setr_epi8(0, 4, 8, 12, kZero, kZero, kZero, kZero, kZero, kZero, kZero, kZero, kZero,
+                                           kZero, kZero, kZero, kZero, kZero, kZero, kZero, 0, 4, 8, 12, kZero, kZero,
+                                           kZero, kZero, kZero, kZero, kZero, kZero);
+    const __m256i quarters = _mm256_shuffle_epi8((__m256i)v, order);
+    const int64_t all = _mm_cvtsi128_si64(
+        _mm_or_si128(_mm256_castsi256_si128(quarters), _mm256_extracti128_si256(quarters, 1)));
+    Lanes<uint8_t, L> bytes;
+    std::memcpy(&bytes, &all, sizeof(bytes));
+    return bytes;
+  }
+#endif
+  return __builtin_convertvector(v, Lanes<uint8_t, L>);
+}
+
+template <int L, class V>
+[[gnu::always_inline]] inline void store_offsets(void* p, int bytes, int64_t i, V tap) {
+  switch (bytes) {
+    case 1: return store_lanes(static_cast<uint8_t*>(p) + i, lowest_bytes<L>(tap));
+    case 2: return store_lanes(static_cast<int16_t*>(p) + i, __builtin_convertvector(tap, Lanes<int16_t, L>));
+    default: return store_lanes(static_cast<int32_t*>(p) + i, __builtin_convertvector(tap, Lanes<int32_t, L>));
+  }
+}
+
+// Bytes as wider numbers, for which GCC 12 shifts and masks.
+template <class Wide, int L>
+[[gnu::always_inline]] inline Lanes<Wide, L> load_bytes(const uint8_t* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (sizeof(Wide) == 4 && L == 16)
+    return Lanes<Wide, L>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (sizeof(Wide) == 4 && L == 8)
+    return Lanes<Wide, L>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#endif
+  return __builtin_convertvector(load_lanes<L>(p), Lanes<Wide, L>);
+}
+
+// kBytes: of an offset, or 0 where that is only known when the program runs.
+template <int kBytes, int L, class A>
+[[gnu::always_inline]] inline Lanes<Tap<A>, L> load_offsets(const void* p, int bytes, int64_t i) {
+  using V = Lanes<Tap<A>, L>;
+  switch (kBytes ? kBytes : bytes) {
+    case 1: return load_bytes<Tap<A>, L>(static_cast<const uint8_t*>(p) + i);
+    case 2: return __builtin_convertvector(load_lanes<L>(static_cast<const int16_t*>(p) + i), V);
+    default: return __builtin_convertvector(load_lanes<L>(static_cast<const int32_t*>(p) + i), V);
+  }
+}
+
+// Memory for each thread, in pieces of whole cache lines.
+struct PoolScratch {
+  char* at;
+  size_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* const p = at ? reinterpret_cast<T*>(at + used) : nullptr;
+    used += (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    return p;
+  }
+};
+
+}  // namespace
+}  // namespace fastnorm::cpu::CPU_CAPABILITY

@@ -1,0 +1,105 @@
+// Max-pooling of images: what the host file hands to the kernels.  No torch here.
+//
+//   y[o] = max over the taps t of x[o * stride - pad + t * dilation], in both directions, taps outside of x left out
+//
+// The taps are compared row by row.  One replaces the maximum if it is greater or NaN, so the first of equal values is
+// kept and the last of several NaNs.  What backward needs is which tap won: its number, row * kernel.x + column, in one
+// byte.  A window of nothing but -inf keeps the first tap inside of x, or the one that follows the padding if no tap is
+// inside, and y is -inf.
+//
+//   index  = the position in its plane of x of the tap that won
+//   dx[i]  = the sum of dy[o] over the windows o that i won: a gather, which writes every dx once
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "activation.h"
+#include "cpu/isa.h"
+#include "dtype.h"
+#ifdef FASTNORM_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace fastnorm {
+
+// The windows along one direction.
+struct PoolAxis {
+  int in, out, kernel, stride, pad, dilation;
+
+  // Where the window of output o begins; negative in the padding.
+  FASTNORM_HOST_DEVICE int begin(int o) const { return o * stride - pad; }
+  // The first tap of a window that is not in the padding before x, and one past the last that is not behind x: there is
+  // no tap inside if that is not larger.
+  FASTNORM_HOST_DEVICE int first_tap(int o) const {
+    const int b = begin(o);
+    return b < 0 ? (dilation - 1 - b) / dilation : 0;
+  }
+  FASTNORM_HOST_DEVICE int end_tap(int o) const {
+    const int left = in - begin(o);
+    return left > (kernel - 1) * int64_t(dilation) ? kernel : (left + dilation - 1) / dilation;
+  }
+  // The windows that may have a tap at position i: from the first to before the end.
+  FASTNORM_HOST_DEVICE int first_window(int i) const {
+    const int64_t b = i + int64_t(pad) - int64_t(kernel - 1) * dilation;
+    return b <= 0 ? 0 : int((b + stride - 1) / stride);
+  }
+  FASTNORM_HOST_DEVICE int end_window(int i) const {
+    const int64_t last = (i + int64_t(pad)) / stride;
+    return last < out ? int(last) + 1 : out;
+  }
+};
+
+// In memory x is [n][y.in][x.in][c]; y, its offsets and indices are [n][y.out][x.out][c].  Planes ([samples][channels]
+// [height][width]) have n = samples * channels and c = 1.
+struct PoolShape {
+  int64_t n, c;
+  PoolAxis y, x;
+
+  FASTNORM_HOST_DEVICE int64_t inputs() const { return n * y.in * x.in * c; }
+  FASTNORM_HOST_DEVICE int64_t outputs() const { return n * y.out * x.out * c; }
+  // Bytes of one offset: uint8, int16 or int32.
+  FASTNORM_HOST_DEVICE int offset_bytes() const {
+    const int64_t taps = int64_t(y.kernel) * x.kernel;
+    return taps <= 256 ? 1 : taps <= 32768 ? 2 : 4;
+  }
+};
+
+struct MaxPool2dForward {
+  PoolShape shape;
+  bool channels_last;
+  DType dtype;  // of x and y
+  const void* x;
+  void* y;
+  void* offset;      // offset_bytes() each, or null: not wanted; so are
+  int64_t* indices;  // these
+  void* workspace;   // max_pool2d_forward_workspace() bytes
+  int threads;       // at most, for the CPU kernels
+};
+
+struct MaxPool2dBackward {
+  PoolShape shape;
+  DType dtype;  // of dy and dx
+  const void* dy;
+  const void* offset;  // as forward left it
+  void* dx;
+  void* workspace;  // max_pool2d_backward_workspace() bytes
+  int threads;      // at most, for the CPU kernels
+};
+
+namespace cpu {
+FASTNORM_CPU_KERNEL(size_t, max_pool2d_forward_workspace, MaxPool2dForward)
+FASTNORM_CPU_KERNEL(size_t, max_pool2d_backward_workspace, MaxPool2dBackward)
+FASTNORM_CPU_KERNEL(void, max_pool2d_forward, MaxPool2dForward)
+FASTNORM_CPU_KERNEL(void, max_pool2d_backward, MaxPool2dBackward)
+}  // namespace cpu
+
+#ifdef FASTNORM_CUDA
+namespace cuda {
+inline size_t max_pool2d_forward_workspace(const MaxPool2dForward&) { return 0; }
+inline size_t max_pool2d_backward_workspace(const MaxPool2dBackward&) { return 0; }
+cudaError_t max_pool2d_forward(const MaxPool2dForward&, cudaStream_t);
+cudaError_t max_pool2d_backward(const MaxPool2dBackward&, cudaStream_t);
+}  // namespace cuda
+#endif
+
+}  // namespace fastnorm
