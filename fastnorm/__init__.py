@@ -1,11 +1,11 @@
 """Fused, accurate normalisation layers for PyTorch: torch.nn's names, on CPU and CUDA."""
 
-from . import functional, nn
+from . import functional, nn, ops
 from ._info import __version__, info
 from .layers import *  # noqa: F403
 from .layers import __all__ as _layers
 
-__all__ = [*_layers, "__version__", "check", "functional", "info", "nn"]  # noqa: F405
+__all__ = [*_layers, "__version__", "check", "functional", "info", "nn", "ops"]  # noqa: F405
 
 
 def __getattr__(name: str):
