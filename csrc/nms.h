@@ -26,23 +26,23 @@
 namespace fastnorm {
 
 struct Nms {
-  int64_t rows, n;      // images, and boxes in each; n < 2^31
-  int64_t capacity;     // of indices; a row's further boxes are not wanted
-  DType dtype;          // of boxes and scores
-  double threshold;     // of the IoU
-  bool drop;            // boxes whose score is not greater than
-  double drop_scores;   // this one
-  const void* boxes;    // [rows][n][4]
-  const void* scores;   // [rows][n]
+  int64_t rows, n;          // images, and boxes in each; n < 2^31
+  int64_t capacity;         // of indices; a row's further boxes are not wanted
+  DType dtype;              // of boxes and scores
+  double threshold;         // of the IoU
+  bool drop;                // boxes whose score is not greater than
+  double drop_scores;       // this one
+  const void* boxes;        // [rows][n][4]
+  const void* scores;       // [rows][n]
   const int64_t* segments;  // [rows][n]: boxes of different ones do not meet; or null: a row is one segment
   // What the CUDA kernels want to have sorted; the CPU kernels sort for themselves.
   const int64_t* order;             // [rows][n]: a row's boxes by score
   const int64_t* grouped;           // [rows][n]: the same, stably sorted by segment
   const int64_t* grouped_segments;  // [rows][n]: their segments, or null
-  int64_t* indices;  // [rows][capacity]: what is kept, by score, then -1
-  int64_t* count;    // [rows]
-  void* workspace;   // nms_workspace() bytes
-  int threads;       // at most, for the CPU kernels
+  int64_t* indices;                 // [rows][capacity]: what is kept, by score, then -1
+  int64_t* count;                   // [rows]
+  void* workspace;                  // nms_workspace() bytes
+  int threads;                      // at most, for the CPU kernels
 };
 
 struct SoftNms {

@@ -20,7 +20,7 @@ def nms(
     score_threshold: float | None = None,
     max_output: int | None = None,
 ) -> Tensor:
-    r"""Non-maximum suppression: goes through the boxes by decreasing score and keeps each that overlaps none kept before.
+    r"""Goes through the boxes by decreasing score and keeps each that overlaps none that was kept before.
 
     Two boxes overlap where their intersection over union is greater than the threshold:
 

@@ -18,7 +18,7 @@ SIZES = (1, 2, 15, 16, 17, 33, 63, 64, 65, 130, 1023, 1024, 1025, 2200)
 def order_of(scores):
     """By decreasing score, NaN first, ties in their order."""
     values = scores.double().tolist()
-    return sorted(range(len(values)), key=lambda i: (not math.isnan(values[i]), -values[i] if values[i] == values[i] else 0))
+    return sorted(range(len(values)), key=lambda i: (0, 0) if math.isnan(values[i]) else (1, -values[i]))
 
 
 def reference(boxes, scores, threshold, idxs=None):
@@ -287,7 +287,7 @@ def test_wrong_arguments(backend):
     boxes, scores = random_boxes(5)
     with pytest.raises(RuntimeError, match="same type as scores, got float32 and float64"):
         run(backend, nms, boxes, scores.double(), 0.5)
-    with pytest.raises(NotImplementedError, match="nms: boxes must be float64, float32, float16 or bfloat16, got int64"):
+    with pytest.raises(NotImplementedError, match=r"nms: boxes must be float64, .* got int64"):
         run(backend, nms, boxes.long(), scores.long(), 0.5)
     with pytest.raises(RuntimeError, match=r"idxs must have the scores' shape \(5,\), got \(4,\)"):
         run(backend, batched_nms, boxes, scores, torch.zeros(4), 0.5)

@@ -68,15 +68,15 @@ struct Work {
     int64_t begin, end;  // places
     int64_t row;
   };
-  ScoreItem* by_score;     // [2][rows * n]
-  SegmentItem* by_segment; // [2][rows * n], if there are segments
-  uint32_t* order;         // [rows * n]: a row's boxes by score
-  uint32_t* grouped;       // [rows * n]: the same, by segment; or it is order
-  uint8_t* keep;           // [rows * n], by box
-  int64_t* size;           // [rows]: how many boxes a row has after the score threshold
-  int64_t* segments;       // [rows]: how many segments
-  Segment* segment;        // [rows * n]: a row's begin at its first place; then all of them
-  A* kept;                 // vectors of kept boxes, see nms_boxes.h
+  ScoreItem* by_score;      // [2][rows * n]
+  SegmentItem* by_segment;  // [2][rows * n], if there are segments
+  uint32_t* order;          // [rows * n]: a row's boxes by score
+  uint32_t* grouped;        // [rows * n]: the same, by segment; or it is order
+  uint8_t* keep;            // [rows * n], by box
+  int64_t* size;            // [rows]: how many boxes a row has after the score threshold
+  int64_t* segments;        // [rows]: how many segments
+  Segment* segment;         // [rows * n]: a row's begin at its first place; then all of them
+  A* kept;                  // vectors of kept boxes, see nms_boxes.h
   size_t bytes;
 
   explicit Work(const Nms& a) {

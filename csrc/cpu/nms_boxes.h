@@ -62,7 +62,10 @@ struct BoxGroup {
   V x1, y1, x2, y2, area;
 
   explicit BoxGroup(const A* p)
-      : x1(V::loadu(p)), y1(V::loadu(p + kLanes)), x2(V::loadu(p + 2 * kLanes)), y2(V::loadu(p + 3 * kLanes)),
+      : x1(V::loadu(p)),
+        y1(V::loadu(p + kLanes)),
+        x2(V::loadu(p + 2 * kLanes)),
+        y2(V::loadu(p + 3 * kLanes)),
         area(V::loadu(p + 4 * kLanes)) {}
   explicit BoxGroup(const Box<A>& b) : x1(b.x1), y1(b.y1), x2(b.x2), y2(b.y2), area(b.area()) {}
 

@@ -4,7 +4,7 @@
 // A segment is taken in chunks of 1024 boxes, all segments at the same time, and nobody asks the host how many there
 // are:
 //
-//   prepare  a thread per box (kBoxes is 1): the box in the type that is computed in, and where its segment begins and ends, by
+//   prepare  a thread per place: the box in the type that is computed in, and where its segment begins and ends, by
 //            binary search.
 //   mask     a thread per box and 64 boxes of its chunk: a bit for each that comes before it and overlaps it.
 //   sweep    a warp per segment goes through the chunk, 64 boxes at a time.  What was kept before is known, so one pass
@@ -14,10 +14,9 @@
 //   compact  a block per image writes what was kept, by score.
 //
 // Sweep and push alternate, as often as an image has chunks at most; where the next chunk is of no segment they return
-// at once.  Memory is linear in the number of boxes, some 200 bytes each, and so is the work where few are kept: n * 512
-// comparisons in mask and one with each kept box in push.
+// at once.  Memory is linear in the number of boxes, some 200 bytes each, and so is the work where few are kept: n *
+// 512 comparisons in mask and one with each kept box in push.
 #include "nms.cuh"
-#include "norm.cuh"
 
 namespace fastnorm {
 namespace {
@@ -40,12 +39,13 @@ struct Work {
   Box<A>* box;
   Box<A>* kept_box;        // from each chunk's first place: the boxes that were kept of it
   Word* mask;              // [words][places]
+  int64_t* number;         // of the box, counted through all rows
   int* offset;             // of a place in its segment
   int* left;               // places from this one to the end of its segment
   int* kept_in_chunk;      // at a chunk's first place
   int* kept_in_segment;    // at a segment's first place
   unsigned char* dropped;  // [parts][places]
-  unsigned char* keep;     // of boxes, not of places
+  unsigned char* keep;     // by box number
 };
 
 // The first place in [begin, end) whose segment is not less than (or, after, is greater than) this one.
@@ -61,10 +61,10 @@ __device__ __forceinline__ int64_t bound(const int64_t* segments, int64_t begin,
   return begin;
 }
 
-template <class T, int kBoxes>
+template <class A>
 __global__ void __launch_bounds__(kThreads)
-    nms_prepare_kernel(const __grid_constant__ Work<Accumulate<T>> w, const T* __restrict__ boxes,
-                       const T* __restrict__ scores) {
+    nms_prepare_kernel(const __grid_constant__ Work<A> w, const void* __restrict__ boxes,
+                       const void* __restrict__ scores, DType type) {
   const int64_t p = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (p >= w.places) return;
   const int64_t row = p / w.n * w.n, i = row + w.grouped[p];
@@ -73,10 +73,11 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t segment = w.segments[p];
     begin = bound(w.segments, row, p, segment, false), end = bound(w.segments, p, end, segment, true);
   }
-  w.box[p] = load_box(boxes, i);
+  w.box[p] = load_box_as<A>(boxes, type, i);
+  w.number[p] = i;
   w.offset[p] = int(p - begin), w.left[p] = int(end - p);
   w.kept_in_chunk[p] = w.kept_in_segment[p] = 0;
-  w.dropped[p] = w.drop && !(double(widen(scores[i])) > w.drop_scores);
+  w.dropped[p] = w.drop && !(double(read_as<A>(scores, type, i)) > w.drop_scores);
   for (int part = 1; part < w.parts; part++) w.dropped[part * w.places + p] = 0;
   w.keep[p] = 0;
 }
@@ -91,8 +92,7 @@ __global__ void __launch_bounds__(kThreads) nms_mask_kernel(const __grid_constan
   const auto* const others = w.box + (p - before);
   Word bits = 0;
 #pragma unroll 4
-  for (int r = 0; r < (before < kWord ? before : kWord); r++)
-    bits |= Word(overlap(others[r], box, w.threshold)) << r;
+  for (int r = 0; r < (before < kWord ? before : kWord); r++) bits |= Word(overlap(others[r], box, w.threshold)) << r;
   w.mask[int64_t(blockIdx.y) * w.places + p] = bits;
 }
 
@@ -124,7 +124,7 @@ __device__ __forceinline__ bool is_dropped(const Work<A>& w, int64_t p) {
 // A warp: the chunk that begins at place q.
 template <class A>
 __device__ __forceinline__ void sweep(const Work<A>& w, int64_t q, int lane) {
-  const int64_t first = q - w.offset[q], row = q / w.n * w.n;
+  const int64_t first = q - w.offset[q];
   const int size = w.left[q] < kChunk ? w.left[q] : kChunk, earlier = w.kept_in_segment[first];
   int count = 0;
   Word kept = 0;  // lane i has it of boxes 64 * i and on
@@ -152,7 +152,7 @@ __device__ __forceinline__ void sweep(const Work<A>& w, int64_t q, int lane) {
       if (!(now >> bit & 1)) continue;
       const int64_t p = q + d * kWord + bit;
       w.kept_box[q + count + __popcll(now & ((Word(1) << bit) - 1))] = w.box[p];
-      w.keep[row + w.grouped[p]] = 1;
+      w.keep[w.number[p]] = 1;
     }
     count += __popcll(now);
   }
@@ -162,7 +162,7 @@ __device__ __forceinline__ void sweep(const Work<A>& w, int64_t q, int lane) {
 
 // A warp looks through 32 places for the beginnings of chunks of this number.
 template <class A>
-__global__ void __launch_bounds__(kThreads) nms_sweep_kernel(const __grid_constant__ Work<A> w, int chunk) {
+__global__ void __launch_bounds__(kThreads, 4) nms_sweep_kernel(const __grid_constant__ Work<A> w, int chunk) {
   const int64_t p = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int lane = int(threadIdx.x) % 32;
   unsigned begins = __ballot_sync(~0u, p < w.places && w.offset[p < w.places ? p : 0] == chunk * int64_t(kChunk));
@@ -259,20 +259,19 @@ Work<A> make_work(const Nms& a, size_t& bytes) {
     at += (number * int64_t(sizeof(*pointer)) + 15) / 16 * 16;
   };
   take(w.box, w.places), take(w.kept_box, w.places), take(w.mask, w.words * w.places);
+  take(w.number, w.places);
   take(w.offset, w.places), take(w.left, w.places), take(w.kept_in_chunk, w.places), take(w.kept_in_segment, w.places);
   take(w.dropped, w.parts * w.places), take(w.keep, w.places);
   bytes = size_t(at - begin);
   return w;
 }
 
-template <class T>
+template <class A>
 cudaError_t run(const Nms& a, cudaStream_t stream) {
-  using A = Accumulate<T>;
   size_t bytes;
   const Work<A> w = make_work<A>(a, bytes);
   const dim3 blocks(unsigned((w.places + kThreads - 1) / kThreads)), threads(kThreads);
-  cudaError_t error = launch(nms_prepare_kernel<T, 1>, blocks, threads, 0, stream, w, static_cast<const T*>(a.boxes),
-                             static_cast<const T*>(a.scores));
+  cudaError_t error = launch(nms_prepare_kernel<A>, blocks, threads, 0, stream, w, a.boxes, a.scores, a.dtype);
   if (error == cudaSuccess)
     error = launch(nms_mask_kernel<A>, dim3(blocks.x, unsigned(w.words)), threads, 0, stream, w);
   const int chunks = int((w.n + kChunk - 1) / kChunk);
@@ -292,15 +291,15 @@ cudaError_t run(const Nms& a, cudaStream_t stream) {
 namespace cuda {
 
 size_t nms_workspace(const Nms& a) {
-  return with_type(a.dtype, [&](auto type) {
+  return with_accumulate(a.dtype, [&](auto type) {
     size_t bytes;
-    make_work<Accumulate<decltype(type)>>(a, bytes);
+    make_work<decltype(type)>(a, bytes);
     return bytes;
   });
 }
 
 cudaError_t nms(const Nms& a, cudaStream_t stream) {
-  return with_type(a.dtype, [&](auto type) { return run<decltype(type)>(a, stream); });
+  return with_accumulate(a.dtype, [&](auto type) { return run<decltype(type)>(a, stream); });
 }
 
 }  // namespace cuda

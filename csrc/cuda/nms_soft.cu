@@ -1,9 +1,8 @@
 // Soft non-maximum suppression: a block, as every selection depends on the one before.
 //
 // A round: each thread lowers the scores of its boxes by their overlap with the one selected last and finds the highest
-// of them; two barriers find the block's.  The scores stay in global memory, where a thread only reads its own.
+// of them; two barriers find the block's.  The scores stay in global memory, where a thread reads none but its own.
 #include "nms.cuh"
-#include "norm.cuh"
 
 namespace fastnorm {
 namespace {
@@ -44,20 +43,18 @@ __device__ __forceinline__ Best<A> block_best(Best<A> best, A* scores, int* indi
 __device__ __forceinline__ float decay(float iou, float sigma) { return expf(-product(iou, iou) / sigma); }
 __device__ __forceinline__ double decay(double iou, double sigma) { return exp(-product(iou, iou) / sigma); }
 
-template <class T, int kBoxes>  // at once: 1
+template <class A>
 __global__ void __launch_bounds__(kSoftThreads)
-    nms_soft_kernel(const __grid_constant__ SoftNms a, Accumulate<T>* __restrict__ scores) {
-  using A = Accumulate<T>;
+    nms_soft_kernel(const __grid_constant__ SoftNms a, Box<A>* __restrict__ boxes, A* __restrict__ scores) {
   FASTNORM_SHARED(A, best_scores, kSoftThreads / 32);
   FASTNORM_SHARED(int, best_indices, kSoftThreads / 32);
-  const T* const boxes = static_cast<const T*>(a.boxes);
   const int n = int(a.n), step = int(blockDim.x);
   const A drop = A(a.drop_scores), threshold = A(a.threshold), sigma = A(a.sigma);
   Best<A> best{A(0), -1};
-  for (int64_t i = threadIdx.x; i < n; i += step) {
-    const A score = widen(static_cast<const T*>(a.scores)[i]);
-    scores[i] = score;
-    if (score > drop) best.take(score, int(i));
+  for (int i = int(threadIdx.x); i < n; i += step) {
+    boxes[i] = load_box_as<A>(a.boxes, a.dtype, i);
+    scores[i] = read_as<A>(a.scores, a.dtype, i);
+    if (scores[i] > drop) best.take(scores[i], i);
   }
   int64_t selected = 0;
   for (; selected < a.capacity; selected++) {
@@ -66,9 +63,9 @@ __global__ void __launch_bounds__(kSoftThreads)
     const int chosen = best.index;
     if (threadIdx.x == 0) {
       a.indices[selected] = chosen;
-      static_cast<T*>(a.updated)[selected] = narrow<T>(best.score);
+      write(a.updated, a.dtype, selected, best.score);
     }
-    const Box<A> box = load_box(boxes, chosen);
+    const Box<A> box = boxes[chosen];
     const int64_t segment = a.segments ? a.segments[chosen] : 0;
     best.index = -1;
 #pragma unroll 1
@@ -78,7 +75,7 @@ __global__ void __launch_bounds__(kSoftThreads)
       if (i == chosen) {
         scores[i] = score = drop;  // never again
       } else if (!a.segments || a.segments[i] == segment) {
-        const Box<A> other = load_box(boxes, i);
+        const Box<A> other = boxes[i];
         const A both = intersection(box, other);
         const A iou = both > 0 ? both / (area(box) + area(other) - both) : A(0);
         if (iou > 0 && (a.gaussian || iou >= threshold))
@@ -94,15 +91,15 @@ __global__ void __launch_bounds__(kSoftThreads)
 
 namespace cuda {
 
-size_t soft_nms_workspace(const SoftNms& a) { return size_t(a.n) * size_of(accumulate_type(a.dtype)); }
+size_t soft_nms_workspace(const SoftNms& a) { return size_t(a.n) * 5 * size_of(accumulate_type(a.dtype)); }
 
 cudaError_t soft_nms(const SoftNms& a, cudaStream_t stream) {
-  return with_type(a.dtype, [&](auto type) {
-    using T = decltype(type);
-    const int64_t warps = (a.n + 31) / 32;
-    const unsigned threads = unsigned(warps * 32 < kSoftThreads ? warps * 32 : kSoftThreads);
-    return launch(nms_soft_kernel<T, 1>, dim3(1), dim3(threads), 0, stream, a,
-                  static_cast<Accumulate<T>*>(a.workspace));
+  return with_accumulate(a.dtype, [&](auto type) {
+    using A = decltype(type);
+    auto* const boxes = static_cast<Box<A>*>(a.workspace);
+    const int64_t threads = (a.n + 31) / 32 * 32;
+    return launch(nms_soft_kernel<A>, dim3(1), dim3(unsigned(threads < kSoftThreads ? threads : kSoftThreads)), 0,
+                  stream, a, boxes, reinterpret_cast<A*>(boxes + a.n));
   });
 }
 
