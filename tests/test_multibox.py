@@ -94,9 +94,8 @@ def test_target(backend, anchors, objects):
 def test_target_of_a_known_picture(backend):
     """The course's example: a dog and a cat, five anchors, one of which is assigned by threshold alone."""
     labels = torch.tensor([[[0, 0.1, 0.08, 0.52, 0.92], [1, 0.55, 0.2, 0.9, 0.88]]])
-    anchors = torch.tensor(
-        [[0, 0.1, 0.2, 0.3], [0.15, 0.2, 0.4, 0.4], [0.63, 0.05, 0.88, 0.98], [0.66, 0.45, 0.8, 0.8], [0.57, 0.3, 0.92, 0.9]]
-    )  # fmt: skip
+    anchors = [[0, 0.1, 0.2, 0.3], [0.15, 0.2, 0.4, 0.4], [0.63, 0.05, 0.88, 0.98], [0.66, 0.45, 0.8, 0.8]]
+    anchors = torch.tensor([*anchors, [0.57, 0.3, 0.92, 0.9]])
     offsets, mask, classes = run(backend, multibox_target, anchors, labels)
     assert classes.tolist() == [[0, 1, 2, 0, 2]]
     assert mask.view(5, 4)[:, 0].tolist() == [0, 1, 1, 0, 1]
