@@ -1,12 +1,11 @@
 // Non-maximum suppression.
 //
 // Boxes are sorted once by score and, where there are segments, stably by segment (radix sort: a few linear passes).
-// Then each box is compared with those that were kept before, a vector of them at a time, until one overlaps it: the
-// work is boxes times kept ones, not boxes times boxes, and what is dropped is dropped after a few.  Segments are
-// shared among the threads.
+// Then each box is compared with those that were kept before, a vector of them at a time, until one overlaps it: with
+// all of them in a small segment, in a large one with those that are near it.  Segments are shared among the threads.
 #include "nms.h"
 
-#include "nms_boxes.h"
+#include "nms_grid.h"
 #include "parallel.h"
 #include "vector.h"
 
@@ -77,6 +76,7 @@ struct Work {
   int64_t* segments;        // [rows]: how many segments
   Segment* segment;         // [rows * n]: a row's begin at its first place; then all of them
   A* kept;                  // vectors of kept boxes, see nms_boxes.h
+  typename BoxGrid<A>::Memory grid;
   size_t bytes;
 
   explicit Work(const Nms& a) {
@@ -88,6 +88,9 @@ struct Work {
       at += (number * int64_t(sizeof(*pointer)) + 63) / 64 * 64;
     };
     take(kept, KeptBoxes<A>::numbers(places));
+    take(grid.groups, places * BoxGrid<A>::kGroupsABox * BoxGrid<A>::kNumbers);
+    take(grid.next, places * BoxGrid<A>::kGroupsABox);
+    take(grid.head, places / BoxGrid<A>::kBoxesACell), take(grid.count, places / BoxGrid<A>::kBoxesACell);
     take(by_score, 2 * places), take(order, places), take(keep, places);
     take(size, a.rows), take(segments, a.rows), take(segment, a.segments ? places : a.rows);
     take(by_segment, a.segments ? 2 * places : 0), take(grouped, a.segments ? places : 0);
@@ -149,15 +152,30 @@ void suppress(const Nms& a, const Work<T>& w, const typename Work<T>::Segment& s
   using A = Accumulate<T>;
   const T* const boxes = static_cast<const T*>(a.boxes) + 4 * s.row * a.n;
   uint8_t* const keep = w.keep + s.row * a.n;
+  const uint32_t* const numbers = w.grouped + s.begin;
   const A threshold = round_down<A>(a.threshold);
-  A few[KeptBoxes<A>::kNumbers];
-  KeptBoxes<A> kept(s.end - s.begin <= KeptBoxes<A>::kLanes ? few : w.kept + KeptBoxes<A>::offset(s.begin));
-  for (int64_t p = s.begin; p < s.end && kept.count < a.capacity; p++) {
-    const int64_t i = w.grouped[p];
-    const Box<A> box = load_box(boxes + 4 * i);
-    if (kept.overlap(box, threshold)) continue;
-    kept.add(box);
-    keep[i] = 1;
+  const int64_t size = s.end - s.begin;
+  const bool grid_works = threshold >= 0;
+  auto box_at = [&](int64_t i) { return load_box(boxes + 4 * int64_t(numbers[i])); };
+  // One after the other, as long as they are few.
+  A few[KeptBoxes<A>::kFew / KeptBoxes<A>::kLanes * KeptBoxes<A>::kNumbers];
+  KeptBoxes<A> list(size <= KeptBoxes<A>::kFew || grid_works ? few : w.kept + KeptBoxes<A>::offset(s.begin));
+  int64_t i = 0;
+  for (; i < size && list.count < (grid_works ? std::min(a.capacity, KeptBoxes<A>::kFew) : a.capacity); i++) {
+    const Box<A> box = box_at(i);
+    if (list.overlap(box, threshold)) continue;
+    list.add(box);
+    keep[numbers[i]] = 1;
+  }
+  int64_t count = list.count;
+  if (i == size || count == a.capacity) return;
+  BoxGrid<A> grid(w.grid, w.kept + KeptBoxes<A>::offset(s.begin), s.begin, size, threshold, box_at);
+  for (int64_t k = 0; k < list.count; k++) grid.add(list.get(k));
+  for (; i < size && count < a.capacity; i++) {
+    const Box<A> box = box_at(i);
+    if (grid.overlap(box, threshold)) continue;
+    grid.add(box);
+    keep[numbers[i]] = 1, count++;
   }
 }
 

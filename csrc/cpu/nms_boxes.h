@@ -75,8 +75,23 @@ struct BoxGroup {
     return clamp_min(clamp_max(x2, other.x2) - clamp_min(x1, other.x1), V(A(0))) *
            clamp_min(clamp_max(y2, other.y2) - clamp_min(y1, other.y1), V(A(0)));
   }
-  V iou(const BoxGroup& other, V both) const { return both / (area + other.area - both); }
 
+  // Whether the IoU of any of them with the other's is greater than the threshold.  Most groups do not touch a box at
+  // all and are spared the division.
+  bool overlap(const BoxGroup& other, A threshold) const {
+    const V both = intersection(other);
+    if (!(threshold < 0) && !greater(both, V(A(0)))) return false;
+    return greater(both / (area + other.area - both), V(threshold)) != 0;
+  }
+
+  // What is not there overlaps nothing.
+  static void clear(A* group) {
+    for (int64_t i = 0; i < kNumbers; i++) group[i] = std::numeric_limits<A>::quiet_NaN();
+  }
+  static Box<A> get(const A* groups, int64_t i) {
+    const A* const p = groups + i / kLanes * kNumbers + i % kLanes;
+    return {p[0], p[kLanes], p[2 * kLanes], p[3 * kLanes]};
+  }
   static void set(A* groups, int64_t i, const Box<A>& b) {
     A* const p = groups + i / kLanes * kNumbers + i % kLanes;
     p[0] = b.x1, p[kLanes] = b.y1, p[2 * kLanes] = b.x2, p[3 * kLanes] = b.y2, p[4 * kLanes] = b.area();
@@ -95,30 +110,22 @@ struct KeptBoxes {
 
   explicit KeptBoxes(A* groups) : groups(groups) {}
 
-  // Segments of more than kLanes boxes have their groups where it says here, apart from each other; smaller ones make
-  // do with one.
+  static constexpr int64_t kFew = 64;
+
+  // Where segments of more than kFew boxes have their groups, apart from each other.
   static int64_t offset(int64_t first_place) { return 2 * first_place / kLanes * kNumbers; }
   static int64_t numbers(int64_t places) { return (2 * places / kLanes + 2) * kNumbers; }
 
+  Box<A> get(int64_t i) const { return Group::get(groups, i); }
   void add(const Box<A>& b) {
-    if (count % kLanes == 0) {  // what is not there yet overlaps nothing
-      A* const p = groups + count / kLanes * kNumbers;
-      for (int64_t i = 0; i < kNumbers; i++) p[i] = std::numeric_limits<A>::quiet_NaN();
-    }
+    if (count % kLanes == 0) Group::clear(groups + count / kLanes * kNumbers);
     Group::set(groups, count++, b);
   }
 
-  // Whether the IoU with any of them is greater than the threshold.  Most groups do not touch the box at all and are
-  // spared the division.
   bool overlap(const Box<A>& b, A threshold) const {
     const Group box(b);
-    const V limit(threshold), zero(A(0));
-    const bool always = threshold < 0;
-    for (const A* p = groups; p < groups + (count + kLanes - 1) / kLanes * kNumbers; p += kNumbers) {
-      const Group group(p);
-      const V both = group.intersection(box);
-      if ((always || greater(both, zero)) && greater(group.iou(box, both), limit)) return true;
-    }
+    for (const A* p = groups; p < groups + (count + kLanes - 1) / kLanes * kNumbers; p += kNumbers)
+      if (Group(p).overlap(box, threshold)) return true;
     return false;
   }
 };
