@@ -22,18 +22,21 @@ def order_of(scores):
 
 
 def reference(boxes, scores, threshold, idxs=None):
-    """Box by box, each compared with all that were kept, one rounded operation at a time."""
+    """All pairs, one rounded operation at a time; then box by box."""
     boxes = boxes.double() if boxes.dtype == torch.float64 else boxes.float()
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    keep = []
+    low, high = torch.maximum(boxes[:, None, :2], boxes[:, :2]), torch.minimum(boxes[:, None, 2:], boxes[:, 2:])
+    width, height = (high - low).clamp(min=0).unbind(2)
+    both = width * height
+    over = (both / (areas[:, None] + areas - both)).double() > threshold
+    if idxs is not None:
+        idxs = torch.tensor(idxs)
+        over &= idxs[:, None] == idxs
+    over, gone, keep = over.numpy(), torch.zeros(len(boxes), dtype=torch.bool).numpy(), []
     for i in order_of(scores):
-        rivals = torch.tensor([k for k in keep if idxs is None or idxs[k] == idxs[i]], dtype=torch.long)
-        corner = torch.maximum(boxes[rivals, :2], boxes[i, :2]), torch.minimum(boxes[rivals, 2:], boxes[i, 2:])
-        width, height = (corner[1] - corner[0]).clamp(min=0).unbind(1)
-        both = width * height
-        iou = both / (areas[rivals] + areas[i] - both)
-        if not (iou.double() > threshold).any():
+        if not gone[i]:
             keep.append(i)
+            gone |= over[i]
     return keep
 
 
@@ -85,6 +88,33 @@ def test_chains(backend, spread):
     kept = check(backend, boxes, scores, 0.5)
     # Boxes that are 2 apart of a length of 10 have an IoU of 2 / 3: every other one goes.
     assert len(kept) == {"dense": len(kept), "alike": n // 2, "apart": n}[spread]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5, 0.8])
+@pytest.mark.parametrize("scene", ["sizes", "outlier", "line", "grid", "moved", "far", "infinite"])
+def test_where_boxes_are(backend, scene, threshold):
+    """The CPU looks for overlaps by cells about the size of a box: here boxes are of all sizes or not spread evenly."""
+    n = 400
+    boxes, scores = random_boxes(n, extent=120)
+    center, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    if scene == "sizes":  # the largest touch all cells
+        size = size * 10 ** (2 * torch.rand(n, 1) - 1)
+    elif scene == "outlier":
+        center[7] = torch.tensor([1e7, -1e9])
+    elif scene == "line":
+        center[:, 1], size[:, 1] = 3.0, 2.0
+    elif scene == "grid":  # edges on edges, and shifts by whole fractions of a box
+        center, size = (center / 5).round() * 5, torch.full_like(size, 20)
+    elif scene == "moved":  # coordinates of few significant bits
+        center = center + 2**20
+    boxes = torch.cat([center - size / 2, center + size / 2], 1)
+    if scene == "far":
+        boxes[::2] *= 1e37
+    elif scene == "infinite":
+        boxes[::5, 2] = math.inf
+        boxes[1::5, 1] = -math.inf
+        boxes[2::5, 0] = math.nan
+    check(backend, boxes, scores, threshold)
 
 
 def test_the_threshold_itself_is_kept(backend):
