@@ -7,46 +7,20 @@
 //   prepare  a thread per place: the box in the type that is computed in, and where its segment begins and ends, by
 //            binary search.
 //   mask     a thread per box and 64 boxes of its chunk: a bit for each that comes before it and overlaps it.
-//   sweep    a warp per segment goes through the chunk, 64 boxes at a time.  What was kept before is known, so one pass
-//            over the masks drops what that overlaps; the 64 then decide among themselves: a box is kept when all that
-//            it overlaps with are dropped, and dropped when one of them is kept.  There is no barrier in it.
+//   sweep    a block per segment goes through the chunk, 64 boxes at a time, a warp for each 64.  The first among them
+//            decide among themselves: a box is kept when all that come before and overlap it are dropped, and dropped
+//            when one of them is kept.  The warps behind drop what these overlap, and so on: 16 barriers a chunk.  A
+//            segment of up to 64 boxes needs but a warp.
 //   push     a thread per later box and some of the kept boxes of the chunk: is it overlapped by one?
 //   compact  a block per image writes what was kept, by score.
 //
 // Sweep and push alternate, as often as an image has chunks at most; where the next chunk is of no segment they return
-// at once.  Memory is linear in the number of boxes, some 200 bytes each, and so is the work where few are kept: n *
-// 512 comparisons in mask and one with each kept box in push.
-#include "nms.cuh"
+// at once.  Memory is linear in the number of boxes, some 200 bytes each.  The work is 512 comparisons a box in mask and
+// one with each box that is kept in an earlier chunk in push.
+#include "nms_sweep.cuh"
 
 namespace fastnorm {
 namespace {
-
-using Word = unsigned long long;
-
-constexpr int kChunk = 1024, kWord = 64, kThreads = 128, kCompact = 1024, kItems = 8;
-
-template <class A>
-struct Work {
-  int64_t rows, n, capacity, places;  // places: rows * n
-  int words, parts;                   // of a chunk's masks; how many threads in push share the work on a box
-  A threshold;
-  bool drop;
-  double drop_scores;
-  const int64_t* order;
-  const int64_t* grouped;
-  const int64_t* segments;  // of places, or null
-  // The workspace.  [places] where nothing else is said.
-  Box<A>* box;
-  Box<A>* kept_box;        // from each chunk's first place: the boxes that were kept of it
-  Word* mask;              // [words][places]
-  int64_t* number;         // of the box, counted through all rows
-  int* offset;             // of a place in its segment
-  int* left;               // places from this one to the end of its segment
-  int* kept_in_chunk;      // at a chunk's first place
-  int* kept_in_segment;    // at a segment's first place
-  unsigned char* dropped;  // [parts][places]
-  unsigned char* keep;     // by box number
-};
 
 // The first place in [begin, end) whose segment is not less than (or, after, is greater than) this one.
 __device__ __forceinline__ int64_t bound(const int64_t* segments, int64_t begin, int64_t end, int64_t segment,
@@ -78,7 +52,6 @@ __global__ void __launch_bounds__(kThreads)
   w.offset[p] = int(p - begin), w.left[p] = int(end - p);
   w.kept_in_chunk[p] = w.kept_in_segment[p] = 0;
   w.dropped[p] = w.drop && !(double(read_as<A>(scores, type, i)) > w.drop_scores);
-  for (int part = 1; part < w.parts; part++) w.dropped[part * w.places + p] = 0;
   w.keep[p] = 0;
 }
 
@@ -96,85 +69,12 @@ __global__ void __launch_bounds__(kThreads) nms_mask_kernel(const __grid_constan
   w.mask[int64_t(blockIdx.y) * w.places + p] = bits;
 }
 
-// One bit for each of 64 boxes, of which a lane has two.
-__device__ __forceinline__ Word ballot(bool low, bool high) {
-  const unsigned a = __ballot_sync(~0u, low), b = __ballot_sync(~0u, high);
-  return Word(b) << 32 | a;
-}
-
-// Which of the live boxes are kept, where before[h] has the earlier ones that overlap box lane + 32 * h.
-__device__ __forceinline__ Word resolve(Word live, const Word (&before)[2], int lane) {
-  Word kept = 0;
-  while (live) {  // neither kept nor dropped yet; the first of them is kept in any case
-    const Word in_doubt = live | kept;
-    kept |= ballot((live >> lane & 1) && !(before[0] & in_doubt), (live >> (lane + 32) & 1) && !(before[1] & in_doubt));
-    live &= ~kept;
-    live &= ballot((live >> lane & 1) && !(before[0] & kept), (live >> (lane + 32) & 1) && !(before[1] & kept));
-  }
-  return kept;
-}
-
-template <class A>
-__device__ __forceinline__ bool is_dropped(const Work<A>& w, int64_t p) {
-  unsigned char any = 0;
-  for (int part = 0; part < w.parts; part++) any |= w.dropped[part * w.places + p];
-  return any;
-}
-
-// A warp: the chunk that begins at place q.
-template <class A>
-__device__ __forceinline__ void sweep(const Work<A>& w, int64_t q, int lane) {
-  const int64_t first = q - w.offset[q];
-  const int size = w.left[q] < kChunk ? w.left[q] : kChunk, earlier = w.kept_in_segment[first];
-  int count = 0;
-  Word kept = 0;  // lane i has it of boxes 64 * i and on
-  for (int d = 0; d * kWord < size && earlier + count < w.capacity; d++) {
-    bool live[2];
-    Word before[2];
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const int c = d * kWord + 32 * h + lane;
-      live[h] = c < size && !is_dropped(w, q + c);
-      before[h] = live[h] ? w.mask[d * w.places + q + c] : 0;
-    }
-#pragma unroll 4
-    for (int i = 0; i < d; i++) {
-      const Word word = __shfl_sync(~0u, kept, i);
-#pragma unroll
-      for (int h = 0; h < 2; h++)
-        if (live[h] && (w.mask[i * w.places + q + d * kWord + 32 * h + lane] & word)) live[h] = false;
-    }
-    const Word now = resolve(ballot(live[0], live[1]), before, lane);
-    if (lane == d) kept = now;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const int bit = lane + 32 * h;
-      if (!(now >> bit & 1)) continue;
-      const int64_t p = q + d * kWord + bit;
-      w.kept_box[q + count + __popcll(now & ((Word(1) << bit) - 1))] = w.box[p];
-      w.keep[w.number[p]] = 1;
-    }
-    count += __popcll(now);
-  }
-  __syncwarp();  // every lane has read `earlier`
-  if (lane == 0) w.kept_in_chunk[q] = count, w.kept_in_segment[first] = earlier + count;
-}
-
-// A warp looks through 32 places for the beginnings of chunks of this number.
-template <class A>
-__global__ void __launch_bounds__(kThreads, 4) nms_sweep_kernel(const __grid_constant__ Work<A> w, int chunk) {
-  const int64_t p = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const int lane = int(threadIdx.x) % 32;
-  unsigned begins = __ballot_sync(~0u, p < w.places && w.offset[p < w.places ? p : 0] == chunk * int64_t(kChunk));
-  for (; begins; begins &= begins - 1) sweep(w, p - lane + __ffs(int(begins)) - 1, lane);
-}
-
 template <class A>
 __global__ void __launch_bounds__(kThreads) nms_push_kernel(const __grid_constant__ Work<A> w, int chunk) {
   const int64_t p = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (p >= w.places) return;
   const int64_t offset = w.offset[p], first = p - offset, q = first + chunk * int64_t(kChunk);
-  unsigned char* const dropped = w.dropped + (blockIdx.y * w.places + p);
+  auto* const dropped = reinterpret_cast<unsigned char*>(w.dropped + p) + blockIdx.y;
   if (offset < (chunk + 1) * int64_t(kChunk) || *dropped || w.kept_in_segment[first] >= w.capacity) return;
   const auto box = w.box[p];
   const auto* const kept = w.kept_box + q;
@@ -249,7 +149,7 @@ Work<A> make_work(const Nms& a, size_t& bytes) {
   w.words = int((a.n < kChunk ? a.n : kChunk) + kWord - 1) / kWord;
   // Push has enough threads for the device, or shares a chunk's kept boxes among several.
   w.parts = 1;
-  while (w.n > kChunk && w.parts < 8 && w.places * w.parts < int64_t(sm_count()) * 1024) w.parts *= 2;
+  while (w.n > kChunk && w.parts < kMostParts && w.places * w.parts < int64_t(sm_count()) * 1024) w.parts *= 2;
   w.threshold = round_down<A>(a.threshold), w.drop = a.drop, w.drop_scores = a.drop_scores;
   w.order = a.order, w.grouped = a.grouped, w.segments = a.grouped_segments;
   auto* const begin = static_cast<unsigned char*>(a.workspace);
@@ -261,7 +161,7 @@ Work<A> make_work(const Nms& a, size_t& bytes) {
   take(w.box, w.places), take(w.kept_box, w.places), take(w.mask, w.words * w.places);
   take(w.number, w.places);
   take(w.offset, w.places), take(w.left, w.places), take(w.kept_in_chunk, w.places), take(w.kept_in_segment, w.places);
-  take(w.dropped, w.parts * w.places), take(w.keep, w.places);
+  take(w.dropped, w.places), take(w.keep, w.places);
   bytes = size_t(at - begin);
   return w;
 }
@@ -271,12 +171,13 @@ cudaError_t run(const Nms& a, cudaStream_t stream) {
   size_t bytes;
   const Work<A> w = make_work<A>(a, bytes);
   const dim3 blocks(unsigned((w.places + kThreads - 1) / kThreads)), threads(kThreads);
+  const dim3 sweep_blocks(unsigned((w.places + kSweep - 1) / kSweep));
   cudaError_t error = launch(nms_prepare_kernel<A>, blocks, threads, 0, stream, w, a.boxes, a.scores, a.dtype);
   if (error == cudaSuccess)
     error = launch(nms_mask_kernel<A>, dim3(blocks.x, unsigned(w.words)), threads, 0, stream, w);
   const int chunks = int((w.n + kChunk - 1) / kChunk);
   for (int chunk = 0; chunk < chunks && error == cudaSuccess; chunk++) {
-    error = launch(nms_sweep_kernel<A>, blocks, threads, 0, stream, w, chunk);
+    error = launch(nms_sweep_kernel<A>, sweep_blocks, dim3(kSweep), 0, stream, w, chunk);
     if (error == cudaSuccess && chunk + 1 < chunks)
       error = launch(nms_push_kernel<A>, dim3(blocks.x, unsigned(w.parts)), threads, 0, stream, w, chunk);
   }
