@@ -15,8 +15,8 @@
 //   compact  a block per image writes what was kept, by score.
 //
 // Sweep and push alternate, as often as an image has chunks at most; where the next chunk is of no segment they return
-// at once.  Memory is linear in the number of boxes, some 200 bytes each.  The work is 512 comparisons a box in mask and
-// one with each box that is kept in an earlier chunk in push.
+// at once.  Memory is linear in the number of boxes, some 200 bytes each.  The work is 512 comparisons a box in mask
+// and one with each box that is kept in an earlier chunk in push.
 #include "nms_sweep.cuh"
 
 namespace fastnorm {
