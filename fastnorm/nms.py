@@ -55,7 +55,7 @@ def nms(
         return handle_torch_function(
             nms, (boxes, scores), boxes, scores, iou_threshold, score_threshold=score_threshold, max_output=max_output
         )
-    return ops.nms(boxes.detach(), scores.detach(), None, iou_threshold, score_threshold, max_output)
+    return ops.nms(*_inputs(boxes, scores), None, iou_threshold, score_threshold, max_output)
 
 
 def batched_nms(
@@ -96,7 +96,7 @@ def batched_nms(
             batched_nms, (boxes, scores, idxs), boxes, scores, idxs, iou_threshold, score_threshold=score_threshold,
             max_output=max_output,
         )  # fmt: skip
-    return ops.nms(boxes.detach(), scores.detach(), _as_int64(idxs), iou_threshold, score_threshold, max_output)
+    return ops.nms(*_inputs(boxes, scores), _as_int64(idxs), iou_threshold, score_threshold, max_output)
 
 
 def nms_padded(
@@ -137,7 +137,7 @@ def nms_padded(
             nms_padded, (boxes, scores, idxs), boxes, scores, iou_threshold, max_output, idxs=idxs,
             score_threshold=score_threshold,
         )  # fmt: skip
-    boxes, scores, segments = boxes.detach(), scores.detach(), None if idxs is None else _as_int64(idxs)
+    (boxes, scores), segments = _inputs(boxes, scores), None if idxs is None else _as_int64(idxs)
     one_image = boxes.dim() == 2
     if one_image:
         boxes, scores, segments = boxes[None], scores[None], None if segments is None else segments[None]
@@ -200,9 +200,16 @@ def soft_nms(
         raise ValueError(f"soft_nms: method must be one of {', '.join(METHODS)}, got {method}")
     segments = None if idxs is None else _as_int64(idxs)
     gaussian = method == "gaussian"
-    return ops.soft_nms(
-        boxes.detach(), scores.detach(), segments, gaussian, iou_threshold, sigma, score_threshold, max_output
-    )
+    return ops.soft_nms(*_inputs(boxes, scores), segments, gaussian, iou_threshold, sigma, score_threshold, max_output)
+
+
+def _inputs(boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Without gradients; under autocast 16-bit ones in float32, as torchvision's are."""
+    boxes, scores = boxes.detach(), scores.detach()
+    device = boxes.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        boxes, scores = (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in (boxes, scores))
+    return boxes, scores
 
 
 def _as_int64(idxs: Tensor) -> Tensor:

@@ -1,9 +1,12 @@
 """The utilities against numbers worked out one at a time; their dtypes, gradients and compilation."""
 
+import doctest
+
 import pytest
 import torch
 from conftest import DTYPES
 
+import fastnorm
 from fastnorm.ops import (
     box_area,
     box_convert,
@@ -152,3 +155,13 @@ def test_unknown_formats():
     for formats in (("xyxy", "xyz"), ("xyz", "xyxy"), ("xyz", "xyz")):
         with pytest.raises(ValueError, match="box_convert: the format must be one of xyxy, xywh, cxcywh, got xyz"):
             box_convert(boxes, *formats)
+
+
+@pytest.mark.parametrize("name", fastnorm.ops.__all__)
+def test_docstring_examples(name):
+    function = getattr(fastnorm.ops, name)
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
+    examples = finder.find(function, name, globs={"torch": torch, name: function})
+    assert examples[0].examples
+    runner.run(examples[0])
+    assert runner.failures == 0

@@ -270,6 +270,29 @@ def test_inputs_that_need_gradients(backend):
     assert keep.tolist() == expected and not keep.requires_grad
 
 
+def test_autocast(backend):
+    """A model under autocast gives boxes in 16 bits beside scores in 32."""
+    boxes, scores = random_boxes(60, torch.bfloat16)
+    scores = torch.randperm(60) / 60.0
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        keep = run(backend, nms, boxes, scores, 0.4)
+    assert keep.tolist() == reference(boxes, scores, 0.4)
+
+
+def test_torchvision_agrees(backend):
+    try:
+        import torchvision
+    except (ImportError, RuntimeError):  # the latter where it was built for another torch
+        pytest.skip("torchvision is not installed")
+    boxes, scores = random_boxes(900, extent=100)
+    idxs = torch.randint(3, (900,))
+    for threshold in (0.0, 0.3, 0.6):
+        expected = torchvision.ops.nms(boxes, scores, threshold)
+        assert torch.equal(run(backend, nms, boxes, scores, threshold), expected)
+        expected = torchvision.ops.boxes._batched_nms_vanilla(boxes, scores, idxs, threshold)
+        assert torch.equal(run(backend, batched_nms, boxes, scores, idxs, threshold), expected)
+
+
 def test_threads_do_not_change_the_result(threads):
     boxes, scores = random_boxes(20_000, extent=400)
     idxs = torch.randint(30, (20_000,)).clamp(max=20)
