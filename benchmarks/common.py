@@ -114,7 +114,9 @@ def measure(
             key = (case.copy_bytes, case.layout)
             if device == "cuda":
                 ours_s = time_cuda(case.ours, seconds)
-                row.warm_ms = 1e3 * Timer("run()", globals={"run": case.ours}).blocked_autorange(min_run_time=0.05).median
+                row.warm_ms = (
+                    1e3 * Timer("run()", globals={"run": case.ours}).blocked_autorange(min_run_time=0.05).median
+                )
                 for name, theirs in case.theirs.items():
                     row.their_ms[name] = time_cuda(theirs, seconds) * 1e3
                     row.speedup[name] = row.their_ms[name] / (ours_s * 1e3)

@@ -28,7 +28,16 @@ SMALL_SHAPES = ((2, 3, 1, 1), (3, 7, 5, 5), (4, 65, 7, 7), (2, 6, 28, 28), (2, 2
 def small_cases() -> None:
     """A few small launches of every kernel: what the sanitizers run."""
     import fastnorm
-    from fastnorm.functional import add_layer_norm, batch_norm, group_norm, layer_norm, max_pool2d, max_unpool2d, rms_norm
+    from fastnorm.functional import (
+        add_layer_norm,
+        batch_norm,
+        group_norm,
+        layer_norm,
+        max_pool2d,
+        max_unpool2d,
+        rms_norm,
+    )
+    from fastnorm.ops import nms_padded, soft_nms
 
     layouts = (torch.contiguous_format, torch.channels_last)
     for shape, dtype, layout in itertools.product(SMALL_SHAPES, (torch.float32, torch.bfloat16), layouts):
@@ -62,6 +71,13 @@ def small_cases() -> None:
             torch.autograd.grad(y, x, torch.randn_like(y), retain_graph=True)
             if window == (2, 2):
                 max_unpool2d(y, indices, 2)
+    for n, dtype in itertools.product((1, 70, 1100, 2300), (torch.float64, torch.float16)):  # up to three chunks
+        boxes = torch.rand(2, n, 4, device="cuda", dtype=dtype)
+        boxes[..., 2:] += boxes[..., :2]
+        scores, idxs = torch.rand(2, n, device="cuda", dtype=dtype), torch.randint(3, (2, n), device="cuda")
+        for labels in (None, idxs):
+            nms_padded(boxes, scores, 0.9, 50, idxs=labels)
+        soft_nms(boxes[0], scores[0], max_output=20)
     torch.cuda.synchronize()
     print("small cases: done")
 

@@ -1,6 +1,6 @@
-"""Fused, accurate normalisation layers for PyTorch: torch.nn's names, on CPU and CUDA."""
+"""Norm, pooling and box kernels for PyTorch: torch.nn's and torchvision's names, on CPU and CUDA."""
 
-from . import functional, models, nn
+from . import functional, models, nn, ops
 from ._info import __version__, info
 from .convert import ConvertReport, convert, revert
 from .fuse import fuse
@@ -19,6 +19,7 @@ __all__ = [  # noqa: F405
     "info",
     "models",
     "nn",
+    "ops",
     "revert",
     "save_memory",
     "saved_bytes",

@@ -16,6 +16,7 @@ from .batch_norm import batch_norm
 from .group_norm import group_norm
 from .layer_norm import LayerNorm2d, add_layer_norm, layer_norm, rms_norm
 from .max_pool2d import max_pool2d, max_unpool2d
+from .nms import batched_nms
 
 FORMATS = {"planes": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -38,10 +39,12 @@ class OpCheck:
     Attributes:
         cases: (device, dtype) -> Cases whose inputs are differentiable.
         operators: (device, dtype) -> (operator, arguments) for torch.library.opcheck.
+        exact: (device, dtype) -> functions that raise where a result is not the one there is: what has no gradients.
     """
 
     cases: Callable[[str, torch.dtype], Iterable[Case]]
     operators: Callable[[str, torch.dtype], Iterable[tuple[object, tuple]]]
+    exact: Callable[[str, torch.dtype], Iterable[Callable[[], None]]] = lambda device, dtype: ()
 
 
 def _random(device: str, dtype: torch.dtype) -> Callable[..., Tensor]:
@@ -225,10 +228,53 @@ def _max_unpool2d_operators(device: str, dtype: torch.dtype) -> Iterator[tuple[o
     yield ops.max_unpool2d.default, (y, indices, [8, 8])
 
 
+def _boxes(n: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes, scores and classes; about half of the boxes overlap one with a higher score."""
+    corner, size = torch.rand(n, 2) * 6 * n**0.5, torch.rand(n, 2) * 20 + 5
+    boxes, scores = torch.cat([corner, corner + size], 1), torch.rand(n)
+    return boxes.to(device, dtype), scores.to(device, dtype), torch.randint(3, (n,), device=device)
+
+
+def _nms_results(device: str, dtype: torch.dtype) -> Iterator[Callable[[], None]]:
+    for n in (1, 70, 1100):
+
+        def compare(n=n):
+            boxes, scores, idxs = _boxes(n, device, dtype)
+            keep, expected = batched_nms(boxes, scores, idxs, 0.4).tolist(), []
+            boxes = boxes.cpu() if dtype == torch.float64 else boxes.cpu().float()
+            areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+            left = scores.cpu().sort(descending=True, stable=True)[1]
+            while left.numel():
+                best, left = left[0], left[1:]
+                expected.append(best.item())
+                low, high = boxes[left, :2].maximum(boxes[best, :2]), boxes[left, 2:].minimum(boxes[best, 2:])
+                both = (high - low).clamp(min=0).prod(1)
+                iou = both / (areas[best] + areas[left] - both)
+                left = left[~((iou.double() > 0.4) & (idxs[left] == idxs[best]).cpu())]
+            if keep != expected:
+                raise AssertionError(f"of {n} boxes others are kept than by comparing them one by one")
+
+        yield compare
+
+
+def _nms_operators(device: str, dtype: torch.dtype) -> Iterator[tuple[object, tuple]]:
+    boxes, scores, idxs = _boxes(40, device, dtype)
+    for segments, score_threshold, max_output in ((None, None, None), (idxs, 0.2, 10)):
+        yield ops.nms.default, (boxes, scores, segments, 0.4, score_threshold, max_output)
+        rows = (boxes.view(2, 20, 4), scores.view(2, 20), None if segments is None else segments.view(2, 20))
+        yield ops.nms_padded.default, (*rows, 0.4, score_threshold, 7)
+        yield ops.soft_nms.default, (boxes, scores, segments, segments is None, 0.4, 0.5, 0.1, max_output)
+
+
+def _no_cases(device: str, dtype: torch.dtype) -> tuple[Case, ...]:
+    return ()
+
+
 CHECKS: dict[str, OpCheck] = {
     "batch_norm": OpCheck(_batch_norm_cases, _batch_norm_operators),
     "group_norm": OpCheck(_group_norm_cases, _group_norm_operators),
     "layer_norm": OpCheck(_layer_norm_cases, _layer_norm_operators),
     "max_pool2d": OpCheck(_max_pool2d_cases, _max_pool2d_operators),
     "max_unpool2d": OpCheck(_max_unpool2d_cases, _max_unpool2d_operators),
+    "nms": OpCheck(_no_cases, _nms_operators, _nms_results),
 }

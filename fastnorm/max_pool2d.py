@@ -134,10 +134,10 @@ def max_unpool2d(
                  [0., 0.]]])
     """
     if has_torch_function_unary(input):
-        return handle_torch_function(
-            max_unpool2d, (input,), input, indices, kernel_size, stride, padding, output_size
-        )
-    size = _unpool_size(input, _pair(kernel_size), _pair(kernel_size if stride is None else stride), _pair(padding), output_size)
+        return handle_torch_function(max_unpool2d, (input,), input, indices, kernel_size, stride, padding, output_size)
+    size = _unpool_size(
+        input, _pair(kernel_size), _pair(kernel_size if stride is None else stride), _pair(padding), output_size
+    )
     if input.dtype not in _DTYPES:
         return torch._C._nn.max_unpool2d(input, indices, size)
     # As torch's autocast on the CPU.

@@ -74,8 +74,10 @@ def test_variant_is_right(case, dtype):
     assert way(*shape[1:], window, channels_last, dtype) == must
     library()
     torch.manual_seed(1)
-    x = torch.randint(-4, 5, shape).to(dtype).contiguous(
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    x = (
+        torch.randint(-4, 5, shape)
+        .to(dtype)
+        .contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     )
     kernel, stride, padding, ceil = window
     z, right = F.max_pool2d(x, kernel, stride, padding, 1, ceil, return_indices=True)

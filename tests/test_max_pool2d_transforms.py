@@ -43,7 +43,9 @@ def test_torch_func(window):
 
     def both(transform):
         """Applies it to fastnorm's function and to torch's."""
-        torch.testing.assert_close(*(transform(lambda x, f=f: f(x, *WINDOWS[window])) for f in (max_pool2d, F.max_pool2d)))
+        torch.testing.assert_close(
+            *(transform(lambda x, f=f: f(x, *WINDOWS[window])) for f in (max_pool2d, F.max_pool2d))
+        )
 
     def loss(f):
         return lambda x: f(x).pow(3).sum()

@@ -1,0 +1,211 @@
+"""What one does with boxes: areas, overlaps, formats, clipping.  Differentiable, of any leading dimensions.
+
+As torchvision does, integers are computed with in int32 or wider; float16 and bfloat16 are in float32.
+"""
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+FORMATS = ("xyxy", "xywh", "cxcywh")
+
+
+def box_area(boxes: Tensor, fmt: str = "xyxy") -> Tensor:
+    """The areas of boxes: width times height.
+
+    Args:
+        boxes: (..., 4), of any dtype.
+        fmt: "xyxy" (two corners), "xywh" (corner, width, height) or "cxcywh" (centre, width, height).
+
+    Returns:
+        Tensor: (...), float32 for float16 and bfloat16, int32 for smaller integers, else of the boxes' dtype.
+
+    Raises:
+        ValueError: for an unknown format.
+
+    Source: ``torchvision.ops.box_area``.
+
+    Example:
+        >>> box_area(torch.tensor([[0.0, 0, 2, 3]]))
+        tensor([6.])
+    """
+    if has_torch_function((boxes,)):
+        return handle_torch_function(box_area, (boxes,), boxes, fmt)
+    _check_format(fmt, "box_area")
+    width, height = _size(_upcast(boxes), fmt)
+    return width * height
+
+
+def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy") -> Tensor:
+    r"""Intersection over union of every box of the first set with every one of the second.
+
+    Args:
+        boxes1: (..., N, 4), of any dtype.
+        boxes2: (..., M, 4), of leading dimensions that go with those of boxes1.
+        fmt: as :func:`box_area`'s.
+
+    Returns:
+        Tensor: (..., N, M), float64 for float64, else float32. Two boxes without area have NaN.
+
+    Raises:
+        ValueError: for an unknown format.
+
+    Source: ``torchvision.ops.box_iou``.
+
+    Example:
+        >>> box_iou(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[1.0, 0, 3, 2], [5, 5, 6, 6]]))
+        tensor([[0.3333, 0.0000]])
+    """
+    if has_torch_function((boxes1, boxes2)):
+        return handle_torch_function(box_iou, (boxes1, boxes2), boxes1, boxes2, fmt)
+    _check_format(fmt, "box_iou")
+    both, union, _ = _overlap(_upcast(boxes1), _upcast(boxes2), fmt)
+    return both / union
+
+
+def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    r"""Generalized intersection over union of every box of the first set with every one of the second.
+
+    .. math:: \mathrm{IoU} - \frac{\mathrm{hull} - \mathrm{union}}{\mathrm{hull}}
+
+    with the area of the smallest box that holds both. Unlike the IoU it tells how far apart boxes are that do not meet.
+
+    Args:
+        boxes1: (..., N, 4), x1, y1, x2, y2, of any dtype.
+        boxes2: (..., M, 4).
+
+    Returns:
+        Tensor: (..., N, M), float64 for float64, else float32.
+
+    Source: Rezatofighi et al. 2019, https://arxiv.org/abs/1902.09630; ``torchvision.ops.generalized_box_iou``.
+
+    Example:
+        >>> generalized_box_iou(torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([[3.0, 0, 4, 1]]))
+        tensor([[-0.5000]])
+    """
+    if has_torch_function((boxes1, boxes2)):
+        return handle_torch_function(generalized_box_iou, (boxes1, boxes2), boxes1, boxes2)
+    both, union, hull = _overlap(_upcast(boxes1), _upcast(boxes2), "xyxy")
+    return both / union - (hull - union) / hull
+
+
+def box_convert(boxes: Tensor, in_fmt: str, out_fmt: str) -> Tensor:
+    """Boxes in another format.
+
+    Args:
+        boxes: (..., 4).
+        in_fmt: "xyxy" (two corners), "xywh" (corner, width, height) or "cxcywh" (centre, width, height).
+        out_fmt: likewise.
+
+    Returns:
+        Tensor: (..., 4), a copy. Of integers, centres and what is computed from centres are float32.
+
+    Raises:
+        ValueError: for an unknown format.
+
+    Source: ``torchvision.ops.box_convert``.
+
+    Example:
+        >>> box_convert(torch.tensor([[0.0, 0, 2, 4]]), "xyxy", "cxcywh")
+        tensor([[1., 2., 2., 4.]])
+    """
+    if has_torch_function((boxes,)):
+        return handle_torch_function(box_convert, (boxes,), boxes, in_fmt, out_fmt)
+    _check_format(in_fmt, "box_convert")
+    _check_format(out_fmt, "box_convert")
+    if in_fmt == out_fmt:
+        return boxes.clone()
+    corners = boxes.unbind(-1) if in_fmt == "xyxy" else _corners(boxes, in_fmt)
+    if out_fmt == "xyxy":
+        return torch.stack(corners, -1)
+    x1, y1, x2, y2 = corners
+    if out_fmt == "xywh":
+        return torch.stack((x1, y1, x2 - x1, y2 - y1), -1)
+    return torch.stack(((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1), -1)
+
+
+def clip_boxes_to_image(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes cut off at the edges of an image.
+
+    Args:
+        boxes: (..., 4), x1, y1, x2, y2.
+        size: (height, width) of the image.
+
+    Returns:
+        Tensor: (..., 4), of the boxes' dtype.
+
+    Source: ``torchvision.ops.clip_boxes_to_image``.
+
+    Example:
+        >>> clip_boxes_to_image(torch.tensor([[-1.0, 2, 9, 9]]), (5, 8))
+        tensor([[0., 2., 8., 5.]])
+    """
+    if has_torch_function((boxes,)):
+        return handle_torch_function(clip_boxes_to_image, (boxes,), boxes, size)
+    height, width = size
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    x1, x2 = (x.clamp(min=0, max=width) for x in (x1, x2))
+    y1, y2 = (y.clamp(min=0, max=height) for y in (y1, y2))
+    return torch.stack((x1, y1, x2, y2), -1)
+
+
+def remove_small_boxes(boxes: Tensor, min_size: float) -> Tensor:
+    """Which boxes have both sides at least this long.
+
+    Args:
+        boxes: (N, 4), x1, y1, x2, y2.
+        min_size: the length.
+
+    Returns:
+        Tensor: (K,) int64, their indices.
+
+    Source: ``torchvision.ops.remove_small_boxes``.
+
+    Example:
+        >>> remove_small_boxes(torch.tensor([[0.0, 0, 9, 1], [0, 0, 5, 5]]), 2)
+        tensor([1])
+    """
+    if has_torch_function((boxes,)):
+        return handle_torch_function(remove_small_boxes, (boxes,), boxes, min_size)
+    width, height = _size(boxes, "xyxy")
+    return torch.where((width >= min_size) & (height >= min_size))[0]
+
+
+def _check_format(fmt: str, op: str) -> None:
+    if fmt not in FORMATS:
+        raise ValueError(f"{op}: the format must be one of {', '.join(FORMATS)}, got {fmt}")
+
+
+def _upcast(t: Tensor) -> Tensor:
+    """To a type in which areas do not overflow."""
+    if t.is_floating_point():
+        return t.float() if t.dtype.itemsize == 2 else t
+    return t if t.dtype in (torch.int32, torch.int64) else t.int()
+
+
+def _size(boxes: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
+    if fmt == "xyxy":
+        return boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
+    return boxes[..., 2], boxes[..., 3]
+
+
+def _corners(boxes: Tensor, fmt: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, y, width, height = boxes.unbind(-1)
+    if fmt == "xyxy":
+        return x, y, width, height
+    if fmt == "xywh":
+        return x, y, x + width, y + height
+    return x - 0.5 * width, y - 0.5 * height, x + 0.5 * width, y + 0.5 * height
+
+
+def _overlap(boxes1: Tensor, boxes2: Tensor, fmt: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Areas of intersection, union and hull of all pairs."""
+    area1, area2 = (torch.mul(*_size(b, fmt)) for b in (boxes1, boxes2))
+    one, two = _corners(boxes1, fmt), _corners(boxes2, fmt)
+    one, two = [c[..., :, None] for c in one], [c[..., None, :] for c in two]
+    width = (torch.min(one[2], two[2]) - torch.max(one[0], two[0])).clamp(min=0)
+    height = (torch.min(one[3], two[3]) - torch.max(one[1], two[1])).clamp(min=0)
+    both = width * height
+    hull_width = (torch.max(one[2], two[2]) - torch.min(one[0], two[0])).clamp(min=0)
+    hull_height = (torch.max(one[3], two[3]) - torch.min(one[1], two[1])).clamp(min=0)
+    return both, area1[..., :, None] + area2[..., None, :] - both, hull_width * hull_height
