@@ -1,5 +1,6 @@
 """The cases that torch publishes for its own norms (torch.testing._internal), run on fastnorm's."""
 
+import inspect
 import itertools
 
 import pytest
@@ -41,18 +42,19 @@ def test_modules(backend, name, dtype, training):
         if case.forward_input is None:
             continue
         arguments, keywords = case.constructor_input.args, dict(case.constructor_input.kwargs)
-        keywords |= {"device": backend.device, "dtype": dtype}
+        has_parameters = "device" in inspect.signature(getattr(torch.nn, name)).parameters
         x = to_layout(case.forward_input.args[0].detach().to(backend.device), layout)
         results = []
         # torch rounds partial sums of 16-bit parameters' gradients: in 16 bits its side is computed in float64.
         for cls, wide in ((MODULES[name], dtype), (getattr(torch.nn, name), WIDE[dtype])):
-            module = cls(*arguments, **keywords | {"dtype": wide}).train(training)
+            factory = {"device": backend.device, "dtype": wide} if has_parameters else {}
+            module = cls(*arguments, **keywords | factory).train(training)
             leaf = x.to(wide, copy=True).requires_grad_()
-            y = module(leaf)
+            y, *others = outputs if isinstance(outputs := module(leaf), tuple) else (outputs,)
             y.backward(torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape).to(dtype).to(wide))
             gradients = [leaf.grad, *(p.grad for p in module.parameters())]
             state = [t.to(dtype) if t.is_floating_point() else t for t in module.state_dict().values()]
-            results.append((y.detach().to(dtype), [g.to(dtype) for g in gradients], state))
+            results.append((y.detach().to(dtype), others, [g.to(dtype) for g in gradients], state))
         torch.testing.assert_close(*results, rtol=tolerance(dtype), atol=tolerance(dtype))
         ran += 1
     assert ran > 0
@@ -77,9 +79,10 @@ def test_function(backend, name, dtype):
             x, args = copy(sample.input), [copy(t) for t in sample.args]
             y = getattr(package.functional, name)(x, *args, **{k: copy(t) for k, t in sample.kwargs.items()})
             leaves = [t for t in tensors if t.requires_grad]
+            y, *others = y if isinstance(y, tuple) else (y,)
             gradients = torch.autograd.grad(y.sum(), leaves, allow_unused=True) if y.numel() else ()
             gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, gradients, strict=False)]
-            results.append((y.detach(), gradients, [t for t in tensors if not t.requires_grad]))
+            results.append((y.detach(), gradients, [*others, *(t for t in tensors if not t.requires_grad)]))
         torch.testing.assert_close(*results, rtol=tolerance(dtype), atol=tolerance(dtype))
 
 

@@ -174,6 +174,12 @@ template <int L, class V>
     std::memcpy(&bytes, &all, sizeof(bytes));
     return bytes;
   }
+  if constexpr (sizeof(V) == 16 && L == 4) {
+    const int all = _mm_cvtsi128_si32(_mm_shuffle_epi8((__m128i)v, _mm_set1_epi32(0x0c080400)));
+    Lanes<uint8_t, L> bytes;
+    std::memcpy(&bytes, &all, sizeof(bytes));
+    return bytes;
+  }
 #endif
   return __builtin_convertvector(v, Lanes<uint8_t, L>);
 }
@@ -196,6 +202,11 @@ template <class Wide, int L>
 #elif defined(CPU_CAPABILITY_AVX2)
   if constexpr (sizeof(Wide) == 4 && L == 8)
     return Lanes<Wide, L>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  if constexpr (sizeof(Wide) == 4 && L == 4) {
+    int all;
+    std::memcpy(&all, p, sizeof(all));
+    return Lanes<Wide, L>(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(all)));
+  }
 #endif
   return __builtin_convertvector(load_lanes<L>(p), Lanes<Wide, L>);
 }
