@@ -1,5 +1,5 @@
-// The scalar loop that NMS is measured against: boxes are sorted by score, then every kept one is compared with all that
-// come after it.  Built when the benchmark runs; not part of the library.
+// The scalar loop that NMS is measured against: boxes are sorted by score, then every kept one is compared with all
+// that come after it.  Built when the benchmark runs; not part of the library.
 #include <torch/extension.h>
 
 #include <algorithm>

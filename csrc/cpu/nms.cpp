@@ -155,13 +155,13 @@ void suppress(const Nms& a, const Work<T>& w, const typename Work<T>::Segment& s
   const uint32_t* const numbers = w.grouped + s.begin;
   const A threshold = round_down<A>(a.threshold);
   const int64_t size = s.end - s.begin;
-  const bool grid_works = threshold >= 0;
+  const bool by_cells = threshold >= 0 && size > 4 * KeptBoxes<A>::kFew;  // else a grid does not pay
   auto box_at = [&](int64_t i) { return load_box(boxes + 4 * int64_t(numbers[i])); };
   // One after the other, as long as they are few.
   A few[KeptBoxes<A>::kFew / KeptBoxes<A>::kLanes * KeptBoxes<A>::kNumbers];
-  KeptBoxes<A> list(size <= KeptBoxes<A>::kFew || grid_works ? few : w.kept + KeptBoxes<A>::offset(s.begin));
+  KeptBoxes<A> list(size <= KeptBoxes<A>::kFew || by_cells ? few : w.kept + KeptBoxes<A>::offset(s.begin));
   int64_t i = 0;
-  for (; i < size && list.count < (grid_works ? std::min(a.capacity, KeptBoxes<A>::kFew) : a.capacity); i++) {
+  for (; i < size && list.count < (by_cells ? std::min(a.capacity, KeptBoxes<A>::kFew) : a.capacity); i++) {
     const Box<A> box = box_at(i);
     if (list.overlap(box, threshold)) continue;
     list.add(box);
@@ -204,13 +204,14 @@ void nms(const Nms& a) {
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     const Work<T> w(a);
-    int64_t segments = 0;
-    parallel(a.threads, [&](const Team& team) {
-      team.for_each(a.rows, [&](int64_t row) { sort_row(a, w, row); });
-      team.for_each(1, [&](int64_t) { segments = gather_segments(a, w); });
-      team.for_each(segments, [&](int64_t i) { suppress(a, w, w.segment[i]); });
-      team.for_each(a.rows, [&](int64_t row) { compact(a, w, row); });
-    });
+    // A region only where there is something to share: one image is sorted and one segment gone through by one thread.
+    auto each = [&](int64_t n, auto body) {
+      parallel(int(std::min<int64_t>(a.threads, n)), [&](const Team& team) { team.for_each(n, body); });
+    };
+    each(a.rows, [&](int64_t row) { sort_row(a, w, row); });
+    const int64_t segments = gather_segments(a, w);
+    each(segments, [&](int64_t i) { suppress(a, w, w.segment[i]); });
+    each(a.rows, [&](int64_t row) { compact(a, w, row); });
   });
 }
 
