@@ -14,8 +14,8 @@ namespace {
 constexpr const char* kOp = "max_pool2d";
 
 PoolAxis axis(const c10::SymInt& in, const c10::SymInt& out, const Window2d& w, int d) {
-  return {int(in.expect_int()), int(out.expect_int()), int(w.kernel[d]), int(w.stride[d]), int(w.pad[d]),
-          int(w.dilation[d])};
+  return {int(in.expect_int()), int(out.expect_int()), int(w.kernel[d]),
+          int(w.stride[d]),     int(w.pad[d]),         int(w.dilation[d])};
 }
 
 // x as planes or channels_last, and what comes out.
@@ -29,9 +29,9 @@ struct View {
     c = x.sym_size(-3), h = x.sym_size(-2), w = x.sym_size(-1);
     oh = window.output(h, 0), ow = window.output(w, 1);
     window.check_sizes();
-    TORCH_CHECK(c != 0 && h != 0 && w != 0, kOp,
-                ": Expected 3D or 4D (batch mode) tensor with optional 0 dim batch size for input, but got: ",
-                shape_text(x));
+    TORCH_CHECK(
+        c != 0 && h != 0 && w != 0, kOp,
+        ": Expected 3D or 4D (batch mode) tensor with optional 0 dim batch size for input, but got: ", shape_text(x));
     window.check_pad();
     TORCH_CHECK(oh >= 1 && ow >= 1, kOp, ": Given input size: (", c, "x", h, "x", w, "). Calculated output size: (", c,
                 "x", oh, "x", ow, "). Output size is too small");

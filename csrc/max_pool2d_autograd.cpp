@@ -95,7 +95,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(c10::DispatchKeySet keys, const Tenso
   }();
   if (!recorded && !has_tangent) return result;
   auto& [y, offset, indices] = result;
-  const Pooling pooling{x.sym_size(-2), x.sym_size(-1), kernel.vec(), stride.vec(), padding.vec(), dilation.vec(),
+  const Pooling pooling{x.sym_size(-2),
+                        x.sym_size(-1),
+                        kernel.vec(),
+                        stride.vec(),
+                        padding.vec(),
+                        dilation.vec(),
                         x.suggest_memory_format() == at::MemoryFormat::ChannelsLast};
   if (recorded) {
     auto [node, backward] = record(x, pooling, false);
@@ -144,8 +149,9 @@ struct PythonInts {
     }
   }
   static int64_t number(pybind11::handle h, const char* name) {
-    const pybind11::object index =
-        PyBool_Check(h.ptr()) ? pybind11::object() : pybind11::reinterpret_steal<pybind11::object>(PyNumber_Index(h.ptr()));
+    const pybind11::object index = PyBool_Check(h.ptr())
+                                       ? pybind11::object()
+                                       : pybind11::reinterpret_steal<pybind11::object>(PyNumber_Index(h.ptr()));
     if (!index) {
       PyErr_Clear();
       throw pybind11::type_error(std::string("max_pool2d: ") + name + " must be an int or a tuple of two ints, got " +

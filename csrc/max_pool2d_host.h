@@ -51,8 +51,8 @@ struct Window2d {
   }
 
   void check_sizes() const {
-    TORCH_CHECK(kernel[0] > 0 && kernel[1] > 0, "max_pool2d: kernel size should be greater than zero, but got kH: ",
-                kernel[0], " kW: ", kernel[1]);
+    TORCH_CHECK(kernel[0] > 0 && kernel[1] > 0,
+                "max_pool2d: kernel size should be greater than zero, but got kH: ", kernel[0], " kW: ", kernel[1]);
     TORCH_CHECK(stride[0] > 0 && stride[1] > 0,
                 "max_pool2d: stride should be greater than zero, but got dH: ", stride[0], " dW: ", stride[1]);
     TORCH_CHECK(dilation[0] > 0 && dilation[1] > 0,

@@ -15,8 +15,8 @@ constexpr const char* kOp = "max_unpool2d";
 
 Tensor max_unpool2d(const Tensor& x_in, const Tensor& indices_in, c10::SymIntArrayRef output_size) {
   const DType dtype = dtype_of(x_in, kOp, "input");
-  TORCH_CHECK(indices_in.scalar_type() == at::kLong, kOp, ": elements in indices should be type int64 but got: ",
-              dtype_text(indices_in.scalar_type()));
+  TORCH_CHECK(indices_in.scalar_type() == at::kLong, kOp,
+              ": elements in indices should be type int64 but got: ", dtype_text(indices_in.scalar_type()));
   TORCH_CHECK(output_size.size() == 2, kOp,
               ": There should be exactly two elements (height, width) in output_size, but got ", output_size.size(),
               " elements.");
@@ -28,9 +28,8 @@ Tensor max_unpool2d(const Tensor& x_in, const Tensor& indices_in, c10::SymIntArr
               " but got indices tensor with shape: ", shape_text(indices_in));
   check_same_device(indices_in, x_in, kOp, "indices");
   for (int64_t d = 1; d < x_in.dim(); d++)
-    TORCH_CHECK(x_in.sym_size(d) > 0, kOp,
-                ": Expected input to have non-zero size for non-batch dimensions, but got ", shape_text(x_in),
-                " with dimension ", d, " being empty.");
+    TORCH_CHECK(x_in.sym_size(d) > 0, kOp, ": Expected input to have non-zero size for non-batch dimensions, but got ",
+                shape_text(x_in), " with dimension ", d, " being empty.");
   for (const auto& size : output_size)
     TORCH_CHECK(size >= 0, kOp, ": output_size must contain non-negative spatial dimensions, but got ", size);
 
@@ -66,6 +65,4 @@ TORCH_LIBRARY_FRAGMENT(FASTNORM_LIBRARY, m) {
   m.def("max_unpool2d(Tensor x, Tensor indices, SymInt[2] output_size) -> Tensor y", {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(FASTNORM_LIBRARY, CompositeExplicitAutograd, m) {
-  m.impl("max_unpool2d", fastnorm::max_unpool2d);
-}
+TORCH_LIBRARY_IMPL(FASTNORM_LIBRARY, CompositeExplicitAutograd, m) { m.impl("max_unpool2d", fastnorm::max_unpool2d); }

@@ -1,7 +1,7 @@
 // Max-unpooling: what the host file hands to the kernels.  No torch here.
 //
-//   y[indices[i]] = x[i] within each plane, and 0 where no index points; of several x for one y the last one in memory's
-//   order of their plane is taken.
+//   y[indices[i]] = x[i] within each plane, and 0 where no index points; of several x for one y the last one in
+//   memory's order of their plane is taken.
 #pragma once
 #include <cstddef>
 #include <cstdint>

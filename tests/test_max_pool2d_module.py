@@ -131,7 +131,7 @@ def test_errors_are_torchs(kind, message, call):
 def test_error_classes_are_torchs(call):
     classes = []
     for function in (max_pool2d, F.max_pool2d):
-        with pytest.raises(Exception) as raised:  # noqa: B017, PT011
+        with pytest.raises(Exception) as raised:
             call(function)
         classes.append(raised.type)
     assert classes[0] is classes[1] or issubclass(classes[0], (TypeError, AttributeError))

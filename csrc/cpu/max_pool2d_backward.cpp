@@ -1,7 +1,8 @@
 // Max-pooling backward on the CPU: every dx gathers from the windows that it may have won; ../max_pool2d.h has the
 // rules.  Sums are taken window by window in memory's order, as torch does, in float32 (float64 for float64).
 //
-// Planes: the rows of dy and of the offsets that a row of dx needs are kept in a ring, widened and with a margin that no
+// Planes: the rows of dy and of the offsets that a row of dx needs are kept in a ring, widened and with a margin that
+// no
 //   tap matches.  Inputs that are a stride apart meet the same taps of successive windows: one such phase at a time is
 //   summed in registers, and the phases are interleaved.
 // Channels ([n][h][w][c]): every input pixel takes its windows' pixels, some channels at a time, in registers.
@@ -221,8 +222,7 @@ size_t max_pool2d_backward_workspace(const MaxPool2dBackward& a) {
   PoolScratch scratch{nullptr};
   scratch.take<Windows>(a.shape.y.in), scratch.take<Windows>(a.shape.x.in);
   size_t bytes = 0;
-  if (a.shape.c == 1)
-    with_type(a.dtype, [&](auto zero) { Ring<decltype(zero)>(a.shape, {nullptr}, &bytes); });
+  if (a.shape.c == 1) with_type(a.dtype, [&](auto zero) { Ring<decltype(zero)>(a.shape, {nullptr}, &bytes); });
   return scratch.used + bytes * a.threads;
 }
 

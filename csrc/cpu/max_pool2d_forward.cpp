@@ -47,7 +47,7 @@ struct Ring {
   A *row, *output;  // of 16-bit types: a row of x and one of y as float32
   A* value;         // [slots][pitch]
   Tap<A>* tap;
-  int* held;      // the row in each slot
+  int* held;  // the row in each slot
   // Of the rows that a window has inside: where the slot begins, the number of the row's first tap, and its place in x.
   struct Row {
     int64_t at;
@@ -162,8 +162,7 @@ void finish_row(const MaxPool2dForward& a, const Ring<T>& ring, int64_t plane, i
     Best<A, L, kOffset + kIndex> best;
     with_row(0, [&](const auto& v, const auto&... labels) { best = {v, {labels...}}; });
 #pragma GCC unroll 4
-    for (int i = 1; i < rows; i++)
-      with_row(i, [&](const auto& v, const auto&... labels) { best.take(v, labels...); });
+    for (int i = 1; i < rows; i++) with_row(i, [&](const auto& v, const auto&... labels) { best.take(v, labels...); });
     store_lanes(y + o, best.value);
     if constexpr (kOffset) store_offsets<L>(a.offset, bytes, to + o, best.label[0]);
     if constexpr (kIndex) store_indices<L>(a, to + o, oy, o, best.label[kOffset]);
@@ -233,7 +232,8 @@ void pool_planes(const MaxPool2dForward& a) {
       const int begin = int(std::min<int64_t>(task % bands * band, s.y.out)),
                 end = int(std::min<int64_t>(begin + band, s.y.out));
       const int64_t plane = task / bands;
-      with_wanted(a, [&](auto offset, auto index) { pool_plane<offset.value, index.value>(a, ring, plane, begin, end); });
+      with_wanted(a,
+                  [&](auto offset, auto index) { pool_plane<offset.value, index.value>(a, ring, plane, begin, end); });
     });
   });
 }
@@ -306,8 +306,7 @@ void pool_pixels(const MaxPool2dForward& a, int64_t n, int oy) {
 
 size_t max_pool2d_forward_workspace(const MaxPool2dForward& a) {
   size_t bytes = 0;
-  if (a.shape.c == 1)
-    with_type(a.dtype, [&](auto zero) { Ring<decltype(zero)>(a.shape, {nullptr}, &bytes); });
+  if (a.shape.c == 1) with_type(a.dtype, [&](auto zero) { Ring<decltype(zero)>(a.shape, {nullptr}, &bytes); });
   return bytes * a.threads;
 }
 

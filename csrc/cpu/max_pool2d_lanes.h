@@ -168,8 +168,8 @@ template <int L, class V>
                                            kZero, kZero, kZero, kZero, kZero, kZero, kZero, 0, 4, 8, 12, kZero, kZero,
                                            kZero, kZero, kZero, kZero, kZero, kZero);
     const __m256i quarters = _mm256_shuffle_epi8((__m256i)v, order);
-    const int64_t all = _mm_cvtsi128_si64(
-        _mm_or_si128(_mm256_castsi256_si128(quarters), _mm256_extracti128_si256(quarters, 1)));
+    const int64_t all =
+        _mm_cvtsi128_si64(_mm_or_si128(_mm256_castsi256_si128(quarters), _mm256_extracti128_si256(quarters, 1)));
     Lanes<uint8_t, L> bytes;
     std::memcpy(&bytes, &all, sizeof(bytes));
     return bytes;

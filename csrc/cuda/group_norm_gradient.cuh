@@ -127,8 +127,7 @@ __global__ void __launch_bounds__(kParameterChannels* kParameterTeams)
 }
 
 template <class A>
-cudaError_t launch_parameters(const GroupNormBackward& a, const GroupWorkspace& from, int parts,
-                                     cudaStream_t stream) {
+cudaError_t launch_parameters(const GroupNormBackward& a, const GroupWorkspace& from, int parts, cudaStream_t stream) {
   if (!wants_parameters(a)) return cudaSuccess;
   const int64_t blocks = (a.c + kParameterChannels - 1) / kParameterChannels;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;

@@ -14,7 +14,8 @@ namespace {
 // ---- Planes ---------------------------------------------------------------------------------------------------------
 
 template <class T, class W, int V>
-__global__ void __launch_bounds__(kPoolThreads, 2) max_pool2d_planes_gradient_kernel(MaxPool2dBackward a, int64_t items) {
+__global__ void __launch_bounds__(kPoolThreads, 2)
+    max_pool2d_planes_gradient_kernel(MaxPool2dBackward a, int64_t items) {
   using A = Accumulate<T>;
   const PoolShape& s = a.shape;
   int64_t item = work_item();

@@ -25,8 +25,7 @@ struct RowMaxima {
   __device__ __forceinline__ RowMaxima(const T* row, int at, int width) {
     A v[kLength];
 #pragma unroll
-    for (int i = 0; i < W::pad; i++)
-      v[i] = at + i >= W::pad ? A(widen(row[at + i - W::pad])) : minus_infinity<A>();
+    for (int i = 0; i < W::pad; i++) v[i] = at + i >= W::pad ? A(widen(row[at + i - W::pad])) : minus_infinity<A>();
 #pragma unroll
     for (int piece = 0; piece < W::stride; piece++) {
       const Vector<T> x = load(row + at + piece * V);
@@ -76,8 +75,7 @@ __global__ void __launch_bounds__(kPoolThreads, 2) max_pool2d_planes_kernel(MaxP
       const int tap_row = r - j * W::stride;
       if (tap_row < 0 || tap_row >= W::kernel) continue;
 #pragma unroll
-      for (int v = 0; v < V; v++)
-        maximum[j][v].take(row.maximum[v].value, tap_row * W::kernel + row.maximum[v].tap);
+      for (int v = 0; v < V; v++) maximum[j][v].take(row.maximum[v].value, tap_row * W::kernel + row.maximum[v].tap);
     }
   }
 #pragma unroll
@@ -111,8 +109,7 @@ __device__ __forceinline__ void pool_window(const MaxPool2dForward& a, int64_t n
 #pragma unroll
   for (int v = 0; v < V; v++) m[v] = {minus_infinity<A>(), first_row * s.x.kernel + first};
   auto take = [&](int row, int column) {
-    const int64_t pixel =
-        int64_t(s.y.begin(oy) + row * s.y.dilation) * s.x.in + s.x.begin(ox) + column * s.x.dilation;
+    const int64_t pixel = int64_t(s.y.begin(oy) + row * s.y.dilation) * s.x.in + s.x.begin(ox) + column * s.x.dilation;
     const int tap = row * s.x.kernel + column;
     if constexpr (V == 1) {
       m[0].take(widen(x[pixel * s.c]), tap);

@@ -1,8 +1,8 @@
 // Max-unpooling; ../max_unpool2d.h has the rule.
 //
 // Which x is the last one for a y is decided by integers, whose maximum does not depend on the order of threads: clear
-// (4 bytes per y), claim by atomicMax (8 bytes per x read), then every y fetches its x or is 0.  An index that is out of
-// range traps, as torch's kernel does.
+// (4 bytes per y), claim by atomicMax (8 bytes per x read), then every y fetches its x or is 0.  An index that is out
+// of range traps, as torch's kernel does.
 #include "launch.cuh"
 #include "max_unpool2d.h"
 
@@ -55,8 +55,7 @@ cudaError_t max_unpool2d(const MaxUnpool2d& a, cudaStream_t stream) {
   if (outputs == 0) return cudaErrorInvalidValue;  // every index is out of range
   int* const winner = static_cast<int*>(a.workspace);
   const dim3 block(kUnpoolThreads);
-  cudaError_t error =
-      launch(max_unpool2d_clear_kernel, unpool_blocks(outputs), block, 0, stream, winner, outputs);
+  cudaError_t error = launch(max_unpool2d_clear_kernel, unpool_blocks(outputs), block, 0, stream, winner, outputs);
   if (error != cudaSuccess) return error;
   error = launch(max_unpool2d_claim_kernel, unpool_blocks(inputs), block, 0, stream, a, winner);
   if (error != cudaSuccess) return error;

@@ -178,7 +178,6 @@ struct Needs {
         mask(a.mask && a.activation != Activation::kNone) {}
 };
 
-
 // Calls f with a value of the type.
 template <class F>
 auto with_type(DType type, F f) {

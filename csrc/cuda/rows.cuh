@@ -31,11 +31,11 @@ struct Rows {
   bool simple;                 // all of these, and slots of a row can be counted in 31 bits
   unsigned divisor;            // slot / plane_slots = slot * divisor >> divisor_shift, where rows are simple
   int divisor_shift;
-  int team;                    // threads that share a row or a part of one: some of a warp, or all of a block
-  int threads;                 // of a block
-  int parts;                   // of a row: the blocks of a cluster, or blocks that leave partial sums
-  int part_slots;              // the last part may have fewer
-  int tensors;                 // that are kept in shared memory
+  int team;        // threads that share a row or a part of one: some of a warp, or all of a block
+  int threads;     // of a block
+  int parts;       // of a row: the blocks of a cluster, or blocks that leave partial sums
+  int part_slots;  // the last part may have fewer
+  int tensors;     // that are kept in shared memory
 
   __host__ __device__ int teams() const { return threads / team; }
   __host__ __device__ int64_t row_length() const { return planes * length; }

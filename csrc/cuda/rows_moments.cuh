@@ -133,8 +133,7 @@ struct Partials {
 #pragma unroll 4
     for (int i = first; i < all; i += step) {
       const int pair = i / channels, number = copies == 1 ? pair : pair / copies;
-      const double* const at =
-          from + (i - pair * channels) * channel + number * part + (pair - number * copies) * copy;
+      const double* const at = from + (i - pair * channels) * channel + number * part + (pair - number * copies) * copy;
       v[0] += at[0], v[1] += at[second];
     }
   }

@@ -57,7 +57,7 @@ struct Tiles {
   int threads, step;                         // threads of a block, slots that they take at once
   int step_runs, step_segments, step_slots;  // step = (step_runs * run_segments + step_segments) * slots + step_slots
   int64_t step_elements, next_segment, next_run;  // in x: of a step, and what the end of a segment or of a run adds
-  int tensors;                               // that a resident block copies to shared memory
+  int tensors;                                    // that a resident block copies to shared memory
 
   __host__ __device__ int block_slots() const { return block_segments * slots; }
 };

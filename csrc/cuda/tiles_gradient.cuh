@@ -126,7 +126,8 @@ __device__ __forceinline__ void copy_pair(const Args& a, const Tiles& t, const P
       Walk<T> again = first;
 #pragma unroll
       for (int u = 0; u < U; u++, again.advance())
-        if (k + u * t.step < end) bits[k + u * t.step] = uint8_t(mask_bits(a.mask, again, again.template get<whole>(), bytes[u]));
+        if (k + u * t.step < end)
+          bits[k + u * t.step] = uint8_t(mask_bits(a.mask, again, again.template get<whole>(), bytes[u]));
     }
   });
   __pipeline_commit();
