@@ -102,7 +102,7 @@ CASES = {
     "one element": ((9, 1), {"team": 2}, {"team": 2, "stages": 2}, 4, 90),
     "part of a warp": ((70, 40), {"team": 4}, {"team": 4, "stages": 2}, 4, 90),
     "warp, odd": ((21, 333), {"team": 32, "whole": 0, "wide": 0}, {"team": 32}, 4, 90),
-    "block": ((5, 3000), {"team": 128, "parts": 1, "tensors": 2}, {"team": 128, "stages": 2}, 4, 90),
+    "block": ((5, 3000), {"team": 128, "parts": 1, "tensors": 2}, {"team": 512, "stages": 2}, 4, 90),
     "block, large": ((3, 14_000), {"team": 256, "parts": 1, "tensors": 1}, {"stages": 1}, 4, 90),
     "cluster": ((3, 24_000), {"parts": 2}, {"resident": 0}, 4, 90),
     "cluster, odd": ((2, 80_003), {"parts": 8, "whole": 0}, {"resident": 0}, 4, 90),
