@@ -23,13 +23,8 @@ __device__ __forceinline__ bool owns(const Tiles& t, const Place& at, int i) {
 constexpr int kStreamedThreads = 192;
 template <class T, bool kSeveral>
 constexpr int kResidentThreads = kSeveral ? kSeveralThreads : (sizeof(T) == 4 ? 512 : 256);
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr bool kOneBlock = true;  // of 100 KB of shared memory a second block would hardly find its share
-#else
-constexpr bool kOneBlock = false;
-#endif
 template <class T, bool kSeveral, bool kGeneral>
-constexpr int kResidentBlocks = kOneBlock || (kGeneral && kResidentThreads<T, kSeveral> == 512) ? 1 : 2;
+constexpr int kResidentBlocks = kBlocksAtOnce<(kGeneral && kResidentThreads<T, kSeveral> == 512 ? 1 : 2)>;
 
 // A kernel over the blocks of t, in clusters of `cluster`, with its arguments t and `number` at the end.
 template <class Args>

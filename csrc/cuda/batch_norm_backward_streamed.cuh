@@ -10,7 +10,7 @@ namespace fastnorm {
 namespace {
 
 template <class T, bool kSeveral, bool kGeneral>
-__global__ void __launch_bounds__(kStreamedThreads, 2)
+__global__ void __launch_bounds__(kStreamedThreads, kBlocksAtOnce<2>)
     batch_norm_reduce_kernel(BatchNormBackward a, Tiles t, int cluster) {
   using A = Accumulate<T>;
   constexpr int V = kLanes<T>, P = kSums<T, kSeveral>;
@@ -65,7 +65,7 @@ __device__ __forceinline__ void sums_of_means(const BatchNormBackward& a, int64_
 
 // dx and dresidual, from the partial sums of `parts` or from given means; without either the sums are not needed.
 template <class T, bool kSeveral, bool kGeneral>
-__global__ void __launch_bounds__(kStreamedThreads, 2)
+__global__ void __launch_bounds__(kStreamedThreads, kBlocksAtOnce<2>)
     batch_norm_gradient_kernel(BatchNormBackward a, Tiles t, int parts) {
   using A = Accumulate<T>;
   constexpr int V = kLanes<T>, P = kSums<T, kSeveral>;

@@ -20,7 +20,7 @@ __device__ __forceinline__ double base_of(const BatchNormForward& a, int64_t cha
 }
 
 template <class T, bool kSeveral>
-__global__ void __launch_bounds__(kStreamedThreads, 2)
+__global__ void __launch_bounds__(kStreamedThreads, kBlocksAtOnce<2>)
     batch_norm_statistics_kernel(BatchNormForward a, Tiles t, int cluster) {
   using A = Accumulate<T>;
   constexpr int P = kSums<T, kSeveral>;
@@ -80,7 +80,8 @@ size_t statistics_bytes(const Tiles& t) {
 
 // y from the partial sums of `parts`, or, in eval mode, from the running statistics.
 template <class T, bool kSeveral, bool kGeneral>
-__global__ void __launch_bounds__(kStreamedThreads, 2) batch_norm_apply_kernel(BatchNormForward a, Tiles t, int parts) {
+__global__ void __launch_bounds__(kStreamedThreads, kBlocksAtOnce<2>)
+    batch_norm_apply_kernel(BatchNormForward a, Tiles t, int parts) {
   using A = Accumulate<T>;
   constexpr int P = kSums<T, kSeveral>;
   FASTNORM_DYNAMIC_SHARED(unsigned char, memory);

@@ -8,7 +8,7 @@ namespace fastnorm {
 namespace {
 
 template <class T, bool kGeneral>
-__global__ void __launch_bounds__(kTileThreads, 2)
+__global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<2>)
     group_norm_tiles_reduce_kernel(GroupNormBackward all, Tiles t, double* partials) {
   using A = Accumulate<T>;
   constexpr int V = kLanes<T>;
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 }
 
 template <class T, bool kGeneral>
-__global__ void __launch_bounds__(kTileThreads, kGeneral && sizeof(T) == 2 ? 1 : 2)
+__global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<(kGeneral && sizeof(T) == 2 ? 1 : 2)>)
     group_norm_tiles_gradient_kernel(GroupNormBackward all, Tiles t, const void* groups) {
   using A = Accumulate<T>;
   constexpr int V = kLanes<T>;

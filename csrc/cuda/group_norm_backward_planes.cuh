@@ -100,7 +100,7 @@ __device__ __forceinline__ void sum_planes(const GroupNormBackward& a, const Par
 }
 
 template <class T, bool kGeneral>
-__global__ void __launch_bounds__(kRowThreads, 2)
+__global__ void __launch_bounds__(kRowThreads, kBlocksAtOnce<2>)
     group_norm_backward_resident_kernel(GroupNormBackward a, Rows t, double* channels) {
   using A = Accumulate<T>;
   FASTNORM_DYNAMIC_SHARED(unsigned char, memory);
@@ -186,7 +186,7 @@ __device__ __forceinline__ void stream_planes(const GroupNormBackward& a, const 
 
 // Sums of a plane, or of a part of one; here t's rows are planes.
 template <class T, bool kGeneral>
-__global__ void __launch_bounds__(kRowThreads, 2)
+__global__ void __launch_bounds__(kRowThreads, kBlocksAtOnce<2>)
     group_norm_planes_reduce_kernel(GroupNormBackward a, Rows t, double* partials) {
   using A = Accumulate<T>;
   FASTNORM_DYNAMIC_SHARED(unsigned char, memory);
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
 }
 
 template <class T, bool kGeneral>
-__global__ void __launch_bounds__(kRowThreads, 2)
+__global__ void __launch_bounds__(kRowThreads, kBlocksAtOnce<2>)
     group_norm_planes_gradient_kernel(GroupNormBackward a, Rows t, const void* groups) {
   using A = Accumulate<T>;
   const unsigned block = gridDim.x - 1 - blockIdx.x;  // what was read last is in L2 still

@@ -95,7 +95,8 @@ cudaError_t launch_samples(void (*kernel)(Args, Tiles, More...), const Tiles& t,
 // Sums of distances from a thread's own first elements, so that one outlier spoils little; then, exactly, from the
 // group's first.
 template <class T>
-__global__ void __launch_bounds__(kTileThreads, 2) group_norm_statistics_kernel(GroupNormForward all, Tiles t) {
+__global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<2>)
+    group_norm_statistics_kernel(GroupNormForward all, Tiles t) {
   using A = Accumulate<T>;
   constexpr int V = kLanes<T>;
   FASTNORM_DYNAMIC_SHARED(unsigned char, memory);
@@ -155,7 +156,8 @@ __device__ __forceinline__ void read_affine(const Args& a, const Tiles& t, int64
 }
 
 template <class T, bool kGeneral>
-__global__ void __launch_bounds__(kTileThreads, 2) group_norm_apply_kernel(GroupNormForward all, Tiles t) {
+__global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<2>)
+    group_norm_apply_kernel(GroupNormForward all, Tiles t) {
   using A = Accumulate<T>;
   FASTNORM_DYNAMIC_SHARED(unsigned char, memory);
   Shared shared{memory};

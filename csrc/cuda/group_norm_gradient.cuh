@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kParameterChannels* kParameterTeams)
   if (channel < a.c) {
     const int64_t group = channel / (a.c / a.groups);
     const A *const low = static_cast<const A*>(a.stats) + rows, *const rstd = low + rows;
-#pragma unroll 4
+#pragma unroll 2
     for (int64_t sample = team; sample < a.n; sample += kParameterTeams) {
       const int64_t row = sample * a.groups + group;
       double sum = 0, product = 0;

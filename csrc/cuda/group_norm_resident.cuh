@@ -27,7 +27,7 @@ __device__ __forceinline__ void sum_groups_of_tile(const Tiles& t, int each, con
 // ---- Forward --------------------------------------------------------------------------------------------------------
 
 template <class T, bool kGeneral>
-__global__ void __launch_bounds__(kTileThreads, 2)
+__global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<2>)
     group_norm_forward_resident_kernel(GroupNormForward all, Tiles t, int cluster) {
   using A = Accumulate<T>;
   constexpr int V = kLanes<T>;
@@ -102,7 +102,7 @@ size_t tile_forward_bytes(const Tiles& t) {
 // ---- Backward -------------------------------------------------------------------------------------------------------
 
 template <class T, bool kGeneral>
-__global__ void __launch_bounds__(kTileThreads, kGeneral && sizeof(T) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<(kGeneral && sizeof(T) == 8 ? 1 : 2)>)
     group_norm_backward_tile_kernel(GroupNormBackward all, Tiles t, int cluster, double* channels) {
   using A = Accumulate<T>;
   constexpr int V = kLanes<T>;

@@ -7,9 +7,9 @@ namespace {
 
 // ---- Resident -------------------------------------------------------------------------------------------------------
 
-// Of a block, at most: registers are 128 to a thread then, of float64 twice as many.
+// Of a block, at most: 512 threads have 128 registers each, which is enough for float32 alone.
 template <class T>
-constexpr int kBackwardThreads = sizeof(T) == 8 ? 256 : 512;
+constexpr int kBackwardThreads = sizeof(T) == 4 ? 512 : 256;
 
 // A thread's own share of the sums of dz * normalized and of dz per column, 16 bytes apart so that no banks conflict.
 template <class T>
@@ -182,7 +182,7 @@ __device__ __forceinline__ void stream_row(const LayerNormBackward& a, const Row
 }
 
 template <class T, bool kGeneral>
-__global__ void __launch_bounds__(kRowThreads, 2) layer_norm_reduce_kernel(LayerNormBackward a, Rows t) {
+__global__ void __launch_bounds__(kRowThreads, kBlocksAtOnce<2>) layer_norm_reduce_kernel(LayerNormBackward a, Rows t) {
   using A = Accumulate<T>;
   FASTNORM_DYNAMIC_SHARED(unsigned char, memory);
   Shared shared{memory};
@@ -199,7 +199,8 @@ __global__ void __launch_bounds__(kRowThreads, 2) layer_norm_reduce_kernel(Layer
 }
 
 template <class T, bool kGeneral>
-__global__ void __launch_bounds__(kRowThreads, 2) layer_norm_gradient_kernel(LayerNormBackward a, Rows t) {
+__global__ void __launch_bounds__(kRowThreads, kBlocksAtOnce<2>)
+    layer_norm_gradient_kernel(LayerNormBackward a, Rows t) {
   using A = Accumulate<T>;
   FASTNORM_SHARED(double, scratch, 64);
   const RowPart<T, false> part = streamed_part<T>(t, gridDim.x - 1 - blockIdx.x);
@@ -216,7 +217,8 @@ __global__ void __launch_bounds__(kRowThreads, 2) layer_norm_gradient_kernel(Lay
 constexpr int kColumnRows = 64;
 
 template <class T, bool kGeneral>
-__global__ void __launch_bounds__(kRowThreads, 2) layer_norm_parameter_kernel(LayerNormBackward a, Rows t) {
+__global__ void __launch_bounds__(kRowThreads, kBlocksAtOnce<2>)
+    layer_norm_parameter_kernel(LayerNormBackward a, Rows t) {
   using A = Accumulate<T>;
   constexpr int V = kLanes<T>, kWarps = kRowThreads / 32;
   FASTNORM_SHARED(A, scratch, kWarps * 2 * V * 32);

@@ -50,7 +50,7 @@ __device__ __forceinline__ void differentiate_column(const LayerNormBackward& a,
 }
 
 template <class T, bool kGeneral>
-__global__ void __launch_bounds__(kColumnThreads, kGeneral && sizeof(T) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kColumnThreads, kBlocksAtOnce<(kGeneral && sizeof(T) == 8 ? 1 : 2)>)
     layer_norm_columns_backward_kernel(LayerNormBackward a, ColumnTiles t, int64_t block_tiles, bool sums_in_shared) {
   using A = Accumulate<T>;
   constexpr int V = kLanes<T>;

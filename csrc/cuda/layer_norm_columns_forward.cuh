@@ -78,7 +78,7 @@ __device__ void column_moments(const LayerNormForward& a, const ColumnTiles& t, 
 }
 
 template <class T, bool kGeneral>
-__global__ void __launch_bounds__(kColumnThreads, 2)
+__global__ void __launch_bounds__(kColumnThreads, kBlocksAtOnce<2>)
     layer_norm_columns_forward_kernel(LayerNormForward a, ColumnTiles t) {
   using A = Accumulate<T>;
   constexpr int V = kLanes<T>;

@@ -8,6 +8,16 @@
 namespace fastnorm {
 namespace {
 
+// How many blocks must fit a multiprocessor, which bounds their registers: only where they have been measured, as other
+// architectures' compilers need more registers for the same kernel and would put some in local memory.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+template <int wanted>
+constexpr int kBlocksAtOnce = 1;
+#else
+template <int wanted>
+constexpr int kBlocksAtOnce = wanted;
+#endif
+
 // ---- The affine map -------------------------------------------------------------------------------------------------
 
 // z = (x - mean) * scale + shift

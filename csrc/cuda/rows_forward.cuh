@@ -66,7 +66,7 @@ __device__ __forceinline__ void write_slots(const typename Op::Forward& a, const
 }
 
 template <class T, class Op, bool kGeneral>
-__global__ void __launch_bounds__(kRowThreads, kGeneral || sizeof(T) == 8 ? 2 : 3)
+__global__ void __launch_bounds__(kRowThreads, kBlocksAtOnce<(kGeneral || sizeof(T) == 8 ? 2 : 3)>)
     row_forward_resident_kernel(typename Op::Forward a, Rows t) {
   FASTNORM_DYNAMIC_SHARED(unsigned char, memory);
   Shared shared{memory};
@@ -128,7 +128,7 @@ size_t row_forward_bytes(const Rows& t) {
 // The distances of a thread's elements from one of its own, so that one outlier spoils little; then, exactly, from the
 // row's first.  Writes h where there is an addend.
 template <class T, class Op>
-__global__ void __launch_bounds__(kRowThreads, 2) row_partial_kernel(typename Op::Forward a, Rows t) {
+__global__ void __launch_bounds__(kRowThreads, kBlocksAtOnce<2>) row_partial_kernel(typename Op::Forward a, Rows t) {
   using A = Accumulate<T>;
   constexpr int V = kLanes<T>, U = 4;
   FASTNORM_DYNAMIC_SHARED(unsigned char, memory);
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) row_partial_kernel(typename Op
 }
 
 template <class T, class Op, bool kGeneral>
-__global__ void __launch_bounds__(kRowThreads, 2) row_apply_kernel(typename Op::Forward a, Rows t) {
+__global__ void __launch_bounds__(kRowThreads, kBlocksAtOnce<2>) row_apply_kernel(typename Op::Forward a, Rows t) {
   const unsigned block = gridDim.x - 1 - blockIdx.x;  // what was read last is in L2 still
   const int64_t number = block / unsigned(t.parts);
   const RowPart<T, Op::kPlanes> part(t, number, int(block - unsigned(number) * unsigned(t.parts)));
