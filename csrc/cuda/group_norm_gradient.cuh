@@ -92,8 +92,8 @@ inline cudaError_t launch_gradient_finish(const GroupNormBackward& a, const Part
 
 constexpr int kParameterChannels = 32, kParameterTeams = 32;
 
-// Sums over the samples, always in the same order.
-template <class A>
+// Sums over the samples, always in the same order; kWidth: of an access, 1.
+template <class A, int kWidth>
 __global__ void __launch_bounds__(kParameterChannels* kParameterTeams)
     group_norm_parameter_kernel(GroupNormBackward a, const double* __restrict__ channels, int parts) {
   constexpr int kThreads = kParameterChannels * kParameterTeams;
@@ -131,8 +131,8 @@ cudaError_t launch_parameters(const GroupNormBackward& a, const GroupWorkspace& 
   if (!wants_parameters(a)) return cudaSuccess;
   const int64_t blocks = (a.c + kParameterChannels - 1) / kParameterChannels;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  return launch(group_norm_parameter_kernel<A>, dim3(unsigned(blocks)), dim3(kParameterChannels * kParameterTeams), 0,
-                stream, a, from.channels, parts);
+  return launch(group_norm_parameter_kernel<A, 1>, dim3(unsigned(blocks)), dim3(kParameterChannels * kParameterTeams),
+                0, stream, a, from.channels, parts);
 }
 
 }  // namespace

@@ -96,8 +96,8 @@ __host__ __device__ inline bool wants_parameters(const LayerNormBackward& a) { r
 
 constexpr int kParameterColumns = 32, kParameterTeams = 32;
 
-// dweight and dbias from A [parts][2][cols] partial sums, always added up in the same order.
-template <class A>
+// dweight and dbias from A [parts][2][cols] partial sums, always added up in the same order; kWidth: of an access, 1.
+template <class A, int kWidth>
 __global__ void __launch_bounds__(kParameterColumns* kParameterTeams)
     layer_norm_parameter_finish_kernel(LayerNormBackward a, const A* __restrict__ partials, int64_t parts) {
   FASTNORM_SHARED(double, scratch, 2 * kParameterColumns * kParameterTeams);
@@ -128,7 +128,7 @@ cudaError_t launch_parameter_finish(const LayerNormBackward& a, const void* part
                                     cudaStream_t stream) {
   const int64_t blocks = (a.cols + kParameterColumns - 1) / kParameterColumns;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  return launch(layer_norm_parameter_finish_kernel<A>, dim3(unsigned(blocks)),
+  return launch(layer_norm_parameter_finish_kernel<A, 1>, dim3(unsigned(blocks)),
                 dim3(kParameterColumns * kParameterTeams), 0, stream, a, static_cast<const A*>(partials), parts);
 }
 
