@@ -90,7 +90,7 @@ inline cudaError_t launch_gradient_finish(const GroupNormBackward& a, const Part
 
 // ---- The parameters' gradients --------------------------------------------------------------------------------------
 
-constexpr int kParameterChannels = 32, kParameterTeams = 32;
+constexpr int kParameterChannels = 32, kParameterTeams = 16;
 
 // Sums over the samples, always in the same order; kWidth: of an access, 1.
 template <class A, int kWidth>
