@@ -47,7 +47,7 @@ struct PlaneBackwardPlan {
     if (resident.parts) {
       const cudaError_t error =
           launch_resident(kResident, resident, group_backward_bytes<T>(resident), stream, a, w.channels);
-      return error != cudaSuccess ? error : launch_parameters<Accumulate<T>>(a, w, resident.parts, stream);
+      return error != cudaSuccess ? error : launch_parameters(a, w, resident.parts, stream);
     }
     const int64_t items = planes.rows * planes.parts, blocks = (items + planes.teams() - 1) / planes.teams();
     if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
@@ -60,7 +60,7 @@ struct PlaneBackwardPlan {
     error = launch_gradient_finish(a, partials, w, stream);
     if (error == cudaSuccess && (a.dx || a.dresidual))
       error = launch_parts(group_norm_planes_gradient_kernel<T, kGeneral>, rows, 0, stream, a, w.groups);
-    return error != cudaSuccess ? error : launch_parameters<Accumulate<T>>(a, w, 1, stream);
+    return error != cudaSuccess ? error : launch_parameters(a, w, 1, stream);
   }
 };
 
@@ -95,7 +95,7 @@ struct TileBackwardPlan {
         error = launch_samples(group_norm_tiles_gradient_kernel<T, kGeneral>, streamed,
                                shared_bytes<Gradient<A>>(streamed.group_channels), stream, a, w.groups);
     }
-    return error != cudaSuccess ? error : launch_parameters<Accumulate<T>>(a, w, 1, stream);
+    return error != cudaSuccess ? error : launch_parameters(a, w, 1, stream);
   }
 };
 

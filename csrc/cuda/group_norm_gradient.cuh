@@ -90,12 +90,11 @@ inline cudaError_t launch_gradient_finish(const GroupNormBackward& a, const Part
 
 // ---- The parameters' gradients --------------------------------------------------------------------------------------
 
-constexpr int kParameterChannels = 32, kParameterTeams = 16;
+constexpr int kParameterChannels = 32, kParameterTeams = 8;
 
-// Sums over the samples, always in the same order; kWidth: of an access, 1.
-template <class A, int kWidth>
+// Sums over the samples, always in the same order.
 __global__ void __launch_bounds__(kParameterChannels* kParameterTeams)
-    group_norm_parameter_kernel(GroupNormBackward a, const double* __restrict__ channels, int parts) {
+    group_norm_parameter_kernel(GroupNormBackward a, const double* channels, DType type, int parts) {
   constexpr int kThreads = kParameterChannels * kParameterTeams;
   FASTNORM_SHARED(double, scratch, 2 * kThreads);
   const int lane = int(threadIdx.x) % kParameterChannels, team = int(threadIdx.x) / kParameterChannels;
@@ -103,8 +102,6 @@ __global__ void __launch_bounds__(kParameterChannels* kParameterTeams)
   double weight = 0, bias = 0;
   if (channel < a.c) {
     const int64_t group = channel / (a.c / a.groups);
-    const A *const low = static_cast<const A*>(a.stats) + rows, *const rstd = low + rows;
-#pragma unroll 2
     for (int64_t sample = team; sample < a.n; sample += kParameterTeams) {
       const int64_t row = sample * a.groups + group;
       double sum = 0, product = 0;
@@ -112,7 +109,7 @@ __global__ void __launch_bounds__(kParameterChannels* kParameterTeams)
         const double* const from = channels + 2 * part * all + sample * a.c + channel;
         sum += from[0], product += from[all];
       }
-      weight += (product - double(low[row]) * sum) * double(rstd[row]);
+      weight += (product - read(a.stats, type, rows + row) * sum) * read(a.stats, type, 2 * rows + row);
       bias += sum;
     }
   }
@@ -126,13 +123,13 @@ __global__ void __launch_bounds__(kParameterChannels* kParameterTeams)
   write(to, a.param_dtype, channel, sum);
 }
 
-template <class A>
-cudaError_t launch_parameters(const GroupNormBackward& a, const GroupWorkspace& from, int parts, cudaStream_t stream) {
+inline cudaError_t launch_parameters(const GroupNormBackward& a, const GroupWorkspace& from, int parts,
+                                     cudaStream_t stream) {
   if (!wants_parameters(a)) return cudaSuccess;
   const int64_t blocks = (a.c + kParameterChannels - 1) / kParameterChannels;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  return launch(group_norm_parameter_kernel<A, 1>, dim3(unsigned(blocks)), dim3(kParameterChannels * kParameterTeams),
-                0, stream, a, from.channels, parts);
+  return launch(group_norm_parameter_kernel, dim3(unsigned(blocks)), dim3(kParameterChannels * kParameterTeams), 0,
+                stream, a, from.channels, accumulate_type(a.dtype), parts);
 }
 
 }  // namespace
