@@ -101,8 +101,11 @@ __global__ void __launch_bounds__(kPoolThreads, 2) max_pool2d_gradient_kernel(Ma
         const Vector<T> g = load(static_cast<const T*>(a.dy) + at);
         const OffsetWord<V> taps = read_offsets<V>(a.offset, at);
 #pragma unroll
-        for (int v = 0; v < V; v++)
-          if (int(taps >> (8 * v) & 255) == tap) sum[v] += widen(g.lane[v]);
+        for (int v = 0; v < V; v++) {
+          // Widened whether it is needed or not: a branch here breaks the load up on sm_100.
+          const A wide = widen(g.lane[v]);
+          sum[v] += int(taps >> (8 * v) & 255) == tap ? wide : A(0);
+        }
       }
     }
   }
