@@ -1,0 +1,110 @@
+// Convolution (cross-correlation) of images: what the host file hands to the kernels.  No torch here.
+//
+//   y[n][o][p]    = activation(bias[o] + sum over c and taps t of weight[o][c][t] * x[n][c][p * stride - pad + t *
+//   dilation]) dx[n][c][i]   = sum over o and the (p, t) that meet i of weight[o][c][t] * dy[n][o][p] dweight[o][c][t]
+//   = sum over n and p of dy[n][o][p] * x[n][c][p * stride - pad + t * dilation] dbias[o]      = sum over n and p of
+//   dy[n][o][p]
+//
+// with the taps outside of x left out, and each group's channels for itself.  Sums are in float32, for float64 in
+// float64, and are rounded once.
+//
+// Algorithms (kernels for one of them say what they take):
+//   im2col     a matrix product with the columns (the taps' pixels) of a few outputs at a time; any convolution
+//   direct     few input channels: vectors run along the image's rows
+//   depthwise  a group per channel
+//   winograd   F(4x4, 3x3): 3x3 windows with stride 1 in a quarter of the multiplications, with 10 times the error
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "activation.h"
+#include "cpu/isa.h"
+#include "dtype.h"
+#ifdef FASTNORM_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace fastnorm {
+
+enum class ConvAlgorithm { kTorch, kIm2col, kDirect, kDepthwise, kWinograd };
+
+// In the order of the enum.
+constexpr const char* kConvAlgorithmNames[] = {"torch", "im2col", "direct", "depthwise", "winograd"};
+
+// The windows along one direction.  Padding may be larger than the window.
+struct ConvAxis {
+  int in, out, kernel, stride, pad, dilation;
+
+  // Where tap t of output o is in the input; outside of [0, in) in the padding.
+  FASTNORM_HOST_DEVICE int64_t position(int64_t o, int t) const { return o * stride - pad + int64_t(t) * dilation; }
+};
+
+// In memory x is [n][groups * ci][y.in][x.in] or, with channels_last, [n][y.in][x.in][groups * ci]; y likewise with co
+// and out.  weight is [groups * co][ci][y.kernel][x.kernel] in both layouts.  All of one dtype.
+struct ConvShape {
+  int64_t n, groups, ci, co;  // channels of one group
+  ConvAxis y, x;
+  bool channels_last;
+  DType dtype;
+
+  FASTNORM_HOST_DEVICE int taps() const { return y.kernel * x.kernel; }
+  FASTNORM_HOST_DEVICE int64_t inputs() const { return n * groups * ci * y.in * x.in; }
+  FASTNORM_HOST_DEVICE int64_t outputs() const { return n * groups * co * y.out * x.out; }
+  FASTNORM_HOST_DEVICE int64_t weights() const { return groups * co * ci * taps(); }
+};
+
+struct Conv2dForward {
+  ConvShape shape;
+  const void *x, *weight, *bias;  // bias [groups * co] or null
+  void* y;
+  Activation activation;
+  double negative_slope;  // leaky_relu's
+  void* workspace;        // as many bytes as ..._workspace() says; uninitialised
+  int threads;            // at most, for the CPU kernels
+};
+
+struct Conv2dBackwardInput {
+  ConvShape shape;
+  const void *dy, *weight;
+  void* dx;
+  void* workspace;
+  int threads;
+};
+
+struct Conv2dBackwardWeight {
+  ConvShape shape;
+  const void *x, *dy;
+  void *dweight, *dbias;  // dbias may be null
+  void* workspace;
+  int threads;
+};
+
+// The kernels of one algorithm, each with the size of the workspace that it needs.
+#define FASTNORM_CONV2D_CPU_KERNELS(algorithm)                                                      \
+  FASTNORM_CPU_KERNEL(size_t, conv2d_##algorithm##_forward_workspace, Conv2dForward)                \
+  FASTNORM_CPU_KERNEL(void, conv2d_##algorithm##_forward, Conv2dForward)                            \
+  FASTNORM_CPU_KERNEL(size_t, conv2d_##algorithm##_backward_input_workspace, Conv2dBackwardInput)   \
+  FASTNORM_CPU_KERNEL(void, conv2d_##algorithm##_backward_input, Conv2dBackwardInput)               \
+  FASTNORM_CPU_KERNEL(size_t, conv2d_##algorithm##_backward_weight_workspace, Conv2dBackwardWeight) \
+  FASTNORM_CPU_KERNEL(void, conv2d_##algorithm##_backward_weight, Conv2dBackwardWeight)
+
+namespace cpu {
+FASTNORM_CONV2D_CPU_KERNELS(im2col)
+FASTNORM_CONV2D_CPU_KERNELS(winograd)
+FASTNORM_CONV2D_CPU_KERNELS(direct)
+FASTNORM_CONV2D_CPU_KERNELS(depthwise)
+}  // namespace cpu
+
+#ifdef FASTNORM_CUDA
+namespace cuda {
+// Whether 32-bit products may be rounded to tf32 first is torch's setting.
+size_t conv2d_forward_workspace(const Conv2dForward&);
+size_t conv2d_backward_input_workspace(const Conv2dBackwardInput&);
+size_t conv2d_backward_weight_workspace(const Conv2dBackwardWeight&);
+cudaError_t conv2d_forward(const Conv2dForward&, cudaStream_t);
+cudaError_t conv2d_backward_input(const Conv2dBackwardInput&, cudaStream_t);
+cudaError_t conv2d_backward_weight(const Conv2dBackwardWeight&, cudaStream_t);
+}  // namespace cuda
+#endif
+
+}  // namespace fastnorm

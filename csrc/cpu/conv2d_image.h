@@ -1,0 +1,90 @@
+// Pixels of an image in any layout and type, as the convolution kernels want them: one after the other, each with its
+// channels side by side, in the accumulate type.
+#pragma once
+#include <algorithm>
+
+#include "vector.h"
+
+namespace fastnorm::cpu::CPU_CAPABILITY {
+
+// One sample of a tensor: [channels][pixels], or [pixels][channels] with channels_last.
+struct ImageLayout {
+  int64_t channels, pixels;
+  bool channels_last;
+};
+
+namespace image {
+
+template <class A>
+using Eight [[gnu::vector_size(8 * sizeof(A)), gnu::may_alias, gnu::aligned(alignof(A))]] = A;
+
+// to[j * to_pitch + i] = from[i * from_pitch + j] for i, j in [0, 8).
+template <class A>
+[[gnu::always_inline]] inline void transpose_8x8(const A* from, int64_t from_pitch, A* to, int64_t to_pitch) {
+  using V = Eight<A>;
+  V r[8], s[8];
+  for (int i = 0; i < 8; i++) r[i] = *reinterpret_cast<const V*>(from + i * from_pitch);
+  for (int i = 0; i < 8; i += 2) {
+    s[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+    s[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) {
+      r[i + j] = __builtin_shufflevector(s[i + j], s[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      r[i + j + 2] = __builtin_shufflevector(s[i + j], s[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int i = 0; i < 4; i++) {
+    s[i] = __builtin_shufflevector(r[i], r[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    s[i + 4] = __builtin_shufflevector(r[i], r[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+  for (int i = 0; i < 8; i++) *reinterpret_cast<V*>(to + i * to_pitch) = s[i];
+}
+
+// to[j * to_pitch + i] = from[i * from_pitch + j] for i < rows, j < columns.
+template <class To, class From>
+inline void transpose(const From* from, int64_t from_pitch, To* to, int64_t to_pitch, int64_t rows, int64_t columns) {
+  auto single = [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+    for (int64_t i = i0; i < i1; i++)
+      for (int64_t j = j0; j < j1; j++) to[j * to_pitch + i] = To(from[i * from_pitch + j]);
+  };
+  if constexpr (std::is_same_v<To, From>) {
+    const int64_t r = rows / 8 * 8, c = columns / 8 * 8;
+    for (int64_t i = 0; i < r; i += 8)
+      for (int64_t j = 0; j < c; j += 8)
+        transpose_8x8(from + i * from_pitch + j, from_pitch, to + j * to_pitch + i, to_pitch);
+    single(0, r, c, columns);
+    single(r, rows, 0, columns);
+  } else {
+    single(0, rows, 0, columns);
+  }
+}
+
+}  // namespace image
+
+// to[i * pitch + j] = channel c0 + j of pixel p0 + i, for i < pixels, j < c.
+template <class T>
+inline void read_pixels(const T* sample, const ImageLayout& s, int64_t c0, int64_t c, int64_t p0, int64_t pixels,
+                        Accumulate<T>* to, int64_t pitch) {
+  if (!s.channels_last) return image::transpose(sample + c0 * s.pixels + p0, s.pixels, to, pitch, c, pixels);
+  for (int64_t i = 0; i < pixels; i++) {
+    const T* const from = sample + (p0 + i) * s.channels + c0;
+    for_packs<T>(c, [&](int64_t j, auto count, auto) {
+      store<Accumulate<T>>(to + i * pitch + j, load(from + j, count), count);
+    });
+  }
+}
+
+// The other way round.
+template <class T>
+inline void write_pixels(const Accumulate<T>* from, int64_t pitch, T* sample, const ImageLayout& s, int64_t c0,
+                         int64_t c, int64_t p0, int64_t pixels) {
+  if (!s.channels_last) return image::transpose(from, pitch, sample + c0 * s.pixels + p0, s.pixels, pixels, c);
+  for (int64_t i = 0; i < pixels; i++) {
+    T* const to = sample + (p0 + i) * s.channels + c0;
+    for_packs<T>(c, [&](int64_t j, auto count, auto) {
+      store(to + j, load<Accumulate<T>>(from + i * pitch + j, count), count);
+    });
+  }
+}
+
+}  // namespace fastnorm::cpu::CPU_CAPABILITY
