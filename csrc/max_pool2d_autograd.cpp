@@ -7,10 +7,10 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/div.h>
 #include <ATen/ops/where.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include "max_pool2d_host.h"
 #include "pool_autograd.h"
+#include "python_ints.h"
 
 namespace fastnorm {
 namespace {
@@ -18,7 +18,8 @@ namespace {
 using Ints = at::IntArrayRef;
 using ForwardOp = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, Ints, Ints, Ints, Ints, bool, bool, bool);
 using BackwardOp = Tensor(const Tensor&, const Tensor&, c10::SymInt, c10::SymInt, Ints, Ints, Ints, Ints, bool);
-constexpr const char *kForward = "fastnorm::max_pool2d_forward", *kBackward = "fastnorm::max_pool2d_backward";
+constexpr const char *kOp = "max_pool2d", *kForward = "fastnorm::max_pool2d_forward",
+                     *kBackward = "fastnorm::max_pool2d_backward";
 
 // What a derivative has to know of a pooling beside the offsets.
 struct Pooling {
@@ -133,41 +134,12 @@ Tensor backward(c10::DispatchKeySet keys, const Tensor& dy, const Tensor& offset
 
 // ---- For Python -----------------------------------------------------------------------------------------------------
 
-// An int or a sequence of ints, as torch takes them.
-struct PythonInts {
-  std::array<int64_t, 3> v{};
-  size_t size = 0;
-
-  PythonInts(pybind11::handle h, const char* name) {
-    if (PyTuple_Check(h.ptr()) || PyList_Check(h.ptr())) {
-      for (const auto item : h) {
-        if (size == v.size()) break;  // more than two are refused by the operator
-        v[size++] = number(item, name);
-      }
-    } else {
-      v[size++] = number(h, name);
-    }
-  }
-  static int64_t number(pybind11::handle h, const char* name) {
-    const pybind11::object index = PyBool_Check(h.ptr())
-                                       ? pybind11::object()
-                                       : pybind11::reinterpret_steal<pybind11::object>(PyNumber_Index(h.ptr()));
-    if (!index) {
-      PyErr_Clear();
-      throw pybind11::type_error(std::string("max_pool2d: ") + name + " must be an int or a tuple of two ints, got " +
-                                 Py_TYPE(h.ptr())->tp_name);
-    }
-    return index.cast<int64_t>();
-  }
-  operator Ints() const { return Ints(v.data(), size); }
-};
-
 pybind11::object python(const Tensor& x, pybind11::handle kernel_size, pybind11::handle stride_or_none,
                         pybind11::handle padding_in, pybind11::handle dilation_in, bool ceil_mode,
                         bool return_indices) {
-  const PythonInts kernel(kernel_size, "kernel_size"), padding(padding_in, "padding"),
-      dilation(dilation_in, "dilation");
-  const PythonInts stride = stride_or_none.is_none() ? kernel : PythonInts(stride_or_none, "stride");
+  const PythonInts kernel(kernel_size, kOp, "kernel_size"), padding(padding_in, kOp, "padding"),
+      dilation(dilation_in, kOp, "dilation");
+  const PythonInts stride = stride_or_none.is_none() ? kernel : PythonInts(stride_or_none, kOp, "stride");
   const auto result = [&] {
     static const auto op = find_operator<ForwardOp>(kForward);
     const pybind11::gil_scoped_release release;

@@ -13,6 +13,7 @@ from torch import Tensor
 from ._library import ops
 from .activation import ACTIVATIONS, activate
 from .batch_norm import batch_norm
+from .conv2d import conv2d
 from .group_norm import group_norm
 from .layer_norm import LayerNorm2d, add_layer_norm, layer_norm, rms_norm
 from .max_pool2d import max_pool2d, max_unpool2d
@@ -97,6 +98,38 @@ def _batch_norm_operators(device: str, dtype: torch.dtype) -> Iterator[tuple[obj
     yield ops.batch_norm_statistics.default, (x,)
     means = torch.randn(2, 5, device=device, dtype=torch.float64)
     yield ops.batch_norm_backward_elementwise.default, (dy, x, weight, stats, means)
+
+
+def _conv2d_cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
+    windows = {  # of 4 channels: weight's shape, stride, padding, dilation, groups
+        "3x3": ((6, 4, 3, 3), 1, 1, 1, 1),
+        "3x3 s2": ((6, 4, 3, 3), 2, 1, 1, 1),
+        "1x1": ((5, 4, 1, 1), 1, 0, 1, 1),
+        "dilated groups": ((6, 2, 3, 2), 1, (2, 1), 2, 2),
+        "depthwise": ((4, 1, 3, 3), 1, 1, 1, 4),
+    }
+    algorithms = ("auto", "im2col")
+    for (name, (shape, *window)), algorithm, layout in itertools.product(windows.items(), algorithms, FORMATS):
+        tensor = _random(device, dtype)
+        for activation in (None, *ACTIVATIONS) if name == "3x3" else (None,):
+
+            def function(x, weight, bias, window=window, activation=activation, algorithm=algorithm):
+                return conv2d(x, weight, bias, *window, activation=activation, algorithm=algorithm)
+
+            def reference(x, weight, bias, window=window, activation=activation):
+                return activate(F.conv2d(x, weight, bias, *window), activation, 0.01)
+
+            inputs = (tensor(2, 4, 6, 7, format=FORMATS[layout]), tensor(*shape), tensor(shape[0]))
+            yield Case(f"{name} {layout} {algorithm} {activation}", inputs, function, reference, (slice(None),))
+
+
+def _conv2d_operators(device: str, dtype: torch.dtype) -> Iterator[tuple[object, tuple]]:
+    x, weight, bias = (torch.randn(s, device=device, dtype=dtype) for s in ((2, 4, 6, 7), (6, 2, 3, 3), (6,)))
+    for algorithm in ("auto", "im2col"):
+        config = ([2, 1], [1, 1], [1, 1], 2)
+        y = ops.conv2d_forward.default(x, weight, bias, *config, "relu", 0.01, algorithm)
+        yield ops.conv2d_forward.default, (x, weight, bias, *config, "relu", 0.01, algorithm)
+        yield ops.conv2d_backward.default, (y, x, weight, *config, algorithm, [True] * 3)
 
 
 def _group_norm_cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
@@ -272,6 +305,7 @@ def _no_cases(device: str, dtype: torch.dtype) -> tuple[Case, ...]:
 
 CHECKS: dict[str, OpCheck] = {
     "batch_norm": OpCheck(_batch_norm_cases, _batch_norm_operators),
+    "conv2d": OpCheck(_conv2d_cases, _conv2d_operators),
     "group_norm": OpCheck(_group_norm_cases, _group_norm_operators),
     "layer_norm": OpCheck(_layer_norm_cases, _layer_norm_operators),
     "max_pool2d": OpCheck(_max_pool2d_cases, _max_pool2d_operators),

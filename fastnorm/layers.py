@@ -1,6 +1,7 @@
 """The layers, in one list for ``fastnorm`` and ``fastnorm.nn``."""
 
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .conv2d import Conv2d
 from .group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from .layer_norm import LayerNorm, LayerNorm2d, RMSNorm
 from .max_pool2d import MaxPool2d, MaxUnpool2d
@@ -10,6 +11,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Conv2d",
     "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",

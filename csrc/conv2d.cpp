@@ -1,0 +1,259 @@
+// Convolution, host side: schema, argument checks, allocation, device and algorithm switch.
+#include "conv2d.h"
+
+#include <ATen/Context.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "conv2d_choice.h"
+#include "conv2d_host.h"
+
+namespace fastnorm {
+namespace {
+
+constexpr const char* kOp = "conv2d";
+
+std::optional<ConvAlgorithm> algorithm_of(std::string_view name) {
+  if (name == "auto") return std::nullopt;
+  for (int i = 0; i < int(std::size(kConvAlgorithmNames)); i++)
+    if (name == kConvAlgorithmNames[i]) return ConvAlgorithm(i);
+  TORCH_CHECK_VALUE(false, kOp, ": algorithm must be one of auto, torch, im2col, direct, depthwise, winograd, got ",
+                    name);
+}
+
+// Checks that x, weight and window go together, as torch does.
+void check_arguments(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const ConvWindow& w) {
+  TORCH_CHECK(x.dim() == 4, kOp,
+              ": Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: ", shape_text(x));
+  TORCH_CHECK(weight.dim() == 4, kOp, ": weight must have 4 dimensions, got shape ", shape_text(weight));
+  check_same_device(weight, x, kOp, "weight");
+  TORCH_CHECK(weight.scalar_type() == x.scalar_type(), kOp, ": Input type (", dtype_text(x.scalar_type()),
+              ") and weight type (", dtype_text(weight.scalar_type()), ") should be the same");
+  TORCH_CHECK(weight.sym_size(0) >= w.groups, kOp, ": Given groups=", w.groups, ", expected weight to be at least ",
+              w.groups, " at dimension 0, but got weight of size ", shape_text(weight), " instead");
+  TORCH_CHECK(weight.sym_size(0) % w.groups == 0, kOp, ": Given groups=", w.groups,
+              ", expected weight to be divisible by ", w.groups, " at dimension 0, but got weight of size ",
+              shape_text(weight), " instead");
+  TORCH_CHECK(x.sym_size(1) == weight.sym_size(1) * w.groups, kOp, ": Given groups=", w.groups, ", weight of size ",
+              shape_text(weight), ", expected input", shape_text(x), " to have ", weight.sym_size(1) * w.groups,
+              " channels, but got ", x.sym_size(1), " channels instead");
+  if (bias) {
+    TORCH_CHECK(bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), kOp, ": Given weight of size ",
+                shape_text(weight), ", expected bias to be 1-dimensional with ", weight.sym_size(0),
+                " elements, but got bias of size ", shape_text(*bias), " instead");
+    check_same_device(*bias, x, kOp, "bias");
+    TORCH_CHECK(bias->scalar_type() == x.scalar_type(), kOp, ": Input type (", dtype_text(x.scalar_type()),
+                ") and bias type (", dtype_text(bias->scalar_type()), ") should be the same");
+  }
+  for (int d = 0; d < 2; d++) {
+    const c10::SymInt padded = x.sym_size(2 + d) + 2 * w.padding[d],
+                      reach = w.dilation[d] * (weight.sym_size(2 + d) - 1) + 1;
+    TORCH_CHECK(weight.sym_size(2 + d) > 0 && padded >= reach, kOp, ": Calculated padded input size per channel: (",
+                x.sym_size(2) + 2 * w.padding[0], " x ", x.sym_size(3) + 2 * w.padding[1], "). Kernel size: (",
+                weight.sym_size(2), " x ", weight.sym_size(3),
+                "). Kernel size can't be greater than actual input size");
+  }
+}
+
+// As torch's: channels_last if either argument is.
+at::MemoryFormat format_of(const Tensor& x, const Tensor& weight) {
+  const bool channels_last = x.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
+                             weight.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+ConvShape shape_of(const Tensor& x, const Tensor& weight, const ConvWindow& w, at::MemoryFormat format) {
+  auto axis = [&](int d) {
+    const int64_t in = x.size(2 + d), kernel = weight.size(2 + d);
+    return ConvAxis{int(in),           int(w.output(in, kernel, d).expect_int()),
+                    int(kernel),       int(w.stride[d]),
+                    int(w.padding[d]), int(w.dilation[d])};
+  };
+  return {x.size(0),
+          w.groups,
+          weight.size(1),
+          weight.size(0) / w.groups,
+          axis(0),
+          axis(1),
+          format == at::MemoryFormat::ChannelsLast,
+          dtype_of(x, kOp, "input")};
+}
+
+// Nothing to compute, or no terms to add up: torch's own operators know every such case.
+bool is_empty(const ConvShape& s) { return s.inputs() == 0 || s.outputs() == 0 || s.weights() == 0; }
+
+ConvAlgorithm choose(std::string_view algorithm, const ConvShape& shape, ConvPass pass, Device device) {
+  const auto forced = algorithm_of(algorithm);
+  if (forced) {
+    TORCH_CHECK_VALUE(computes(*forced, shape), kOp, ": algorithm ", algorithm, " does not compute this convolution");
+    return *forced;
+  }
+  if (device == Device::kCuda) {
+#ifdef FASTNORM_CUDA_EMULATION
+    return ConvAlgorithm::kIm2col;
+#else
+    return ConvAlgorithm::kTorch;
+#endif
+  }
+  const bool approximate = at::globalContext().float32MatmulPrecision() != at::Float32MatmulPrecision::HIGHEST;
+  return choose(shape, pass, approximate);
+}
+
+// ---- Kernels --------------------------------------------------------------------------------------------------------
+
+// Runs the CPU kernel of an algorithm: pass is forward, backward_input or backward_weight.
+#define FASTNORM_CONV2D_CASE(algorithm, name, pass)                                           \
+  case ConvAlgorithm::algorithm:                                                              \
+    return with_workspace(                                                                    \
+        like, args, [](const auto& a) { return cpu::conv2d_##name##_##pass##_workspace(a); }, \
+        [&] { cpu::conv2d_##name##_##pass(args); });
+#ifdef FASTNORM_CUDA_EMULATION
+#define FASTNORM_CONV2D_CPU(pass)
+#else
+#define FASTNORM_CONV2D_CPU(pass)                  \
+  if (device == Device::kCpu) switch (algorithm) { \
+      FASTNORM_CONV2D_CASE(kIm2col, im2col, pass)  \
+      default: return;                             \
+    }
+#endif
+#ifdef FASTNORM_CUDA
+#define FASTNORM_CONV2D_CUDA(pass)                                                     \
+  if (device == Device::kCuda) {                                                       \
+    const CudaScope scope(like);                                                       \
+    with_workspace(like, args, cuda::conv2d_##pass##_workspace,                        \
+                   [&] { check_cuda(cuda::conv2d_##pass(args, scope.stream), kOp); }); \
+  }
+#else
+#define FASTNORM_CONV2D_CUDA(pass)
+#endif
+#define FASTNORM_CONV2D_RUN(Args, pass)                                             \
+  void run(ConvAlgorithm algorithm, Args args, const Tensor& like, Device device) { \
+    args.threads = at::in_parallel_region() ? 1 : at::get_num_threads();            \
+    FASTNORM_CONV2D_CUDA(pass)                                                      \
+    FASTNORM_CONV2D_CPU(pass)                                                       \
+  }
+FASTNORM_CONV2D_RUN(Conv2dForward, forward)
+FASTNORM_CONV2D_RUN(Conv2dBackwardInput, backward_input)
+FASTNORM_CONV2D_RUN(Conv2dBackwardWeight, backward_weight)
+
+// ---- Operators ------------------------------------------------------------------------------------------------------
+
+Tensor conv2d_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, at::IntArrayRef stride,
+                      at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, std::string_view activation,
+                      double negative_slope, std::string_view algorithm) {
+  dtype_of(x, kOp, "input");
+  const ConvWindow window(stride, padding, dilation, groups);
+  const Activation kind = activation_of(activation, kOp);
+  check_arguments(x, weight, bias, window);
+  const Device device = device_of(x, kOp);
+  const auto format = format_of(x, weight);
+  auto empty = [&] {
+    return at::empty_symint({x.sym_size(0), weight.sym_size(0), window.output(x.sym_size(2), weight.sym_size(2), 0),
+                             window.output(x.sym_size(3), weight.sym_size(3), 1)},
+                            x.options().memory_format(format));
+  };
+  algorithm_of(algorithm);
+  if (device == Device::kMeta) return empty();
+  const ConvShape shape = shape_of(x, weight, window, format);
+  const ConvAlgorithm chosen = choose(algorithm, shape, ConvPass::kForward, device);
+  if (chosen == ConvAlgorithm::kTorch || is_empty(shape))
+    return torch_activate(kind, torch_convolution(x, weight, bias, window), negative_slope).contiguous(format);
+  Tensor y = empty();
+  const Tensor dense_x = x.contiguous(format), dense_weight = weight.contiguous();
+  const OptionalTensor dense_bias = contiguous(bias);
+  Conv2dForward a{};
+  a.shape = shape, a.x = dense_x.const_data_ptr(), a.weight = dense_weight.const_data_ptr();
+  a.bias = data_or_null(dense_bias), a.y = y.mutable_data_ptr();
+  a.activation = kind, a.negative_slope = negative_slope;
+  run(chosen, a, y, device);
+  return y;
+}
+
+// dx, dweight and dbias, those that output_mask wants; dy as it is before the activation.
+std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                                   at::IntArrayRef stride, at::IntArrayRef padding,
+                                                   at::IntArrayRef dilation, int64_t groups, std::string_view algorithm,
+                                                   std::array<bool, 3> output_mask) {
+  dtype_of(x, kOp, "input");
+  const ConvWindow window(stride, padding, dilation, groups);
+  check_arguments(x, weight, std::nullopt, window);
+  const auto format = format_of(x, weight);
+  TORCH_CHECK(dy.dim() == 4 && dy.sym_size(0) == x.sym_size(0) && dy.sym_size(1) == weight.sym_size(0) &&
+                  dy.sym_size(2) == window.output(x.sym_size(2), weight.sym_size(2), 0) &&
+                  dy.sym_size(3) == window.output(x.sym_size(3), weight.sym_size(3), 1),
+              kOp, ": dy must have the output's shape, got ", shape_text(dy));
+  TORCH_CHECK(dy.scalar_type() == x.scalar_type(), kOp, ": dy must have the input's dtype ",
+              dtype_text(x.scalar_type()), ", got ", dtype_text(dy.scalar_type()));
+  check_same_device(dy, x, kOp, "dy");
+  algorithm_of(algorithm);
+  const Device device = device_of(x, kOp);
+  const auto plain = x.options().memory_format(at::MemoryFormat::Contiguous);
+  auto empty_dx = [&] { return at::empty_symint(x.sym_sizes(), x.options().memory_format(format)); };
+  auto empty_dweight = [&] { return at::empty_symint(weight.sym_sizes(), plain); };
+  auto empty_dbias = [&] { return at::empty_symint({weight.sym_size(0)}, plain); };
+  Tensor result[3];
+  auto results = [&] {
+    for (auto& t : result)
+      if (!t.defined()) t = at::empty({0}, plain);
+    return std::tuple(result[0], result[1], result[2]);
+  };
+  const auto [want_dx, want_dweight, want_dbias] = output_mask;
+  if (device == Device::kMeta) {
+    if (want_dx) result[0] = empty_dx();
+    if (want_dweight) result[1] = empty_dweight();
+    if (want_dbias) result[2] = empty_dbias();
+    return results();
+  }
+  const ConvShape shape = shape_of(x, weight, window, format);
+  const auto for_dx = choose(algorithm, shape, ConvPass::kBackwardInput, device),
+             for_dweight = choose(algorithm, shape, ConvPass::kBackwardWeight, device);
+  // What torch computes, a bias alone among it, for which there is no need of a product.
+  const bool torch_dweight = for_dweight == ConvAlgorithm::kTorch || is_empty(shape) || !want_dweight;
+  const std::array<bool, 3> torch_mask{want_dx && (for_dx == ConvAlgorithm::kTorch || is_empty(shape)),
+                                       want_dweight && torch_dweight, want_dbias && torch_dweight};
+  if (torch_mask != std::array<bool, 3>{}) {
+    auto [dx, dweight, dbias] = torch_convolution_backward(dy, x, weight, window, torch_mask);
+    if (torch_mask[0]) result[0] = dx.contiguous(format);
+    if (torch_mask[1]) result[1] = dweight.contiguous();
+    if (torch_mask[2]) result[2] = dbias;
+  }
+  const Tensor dense_dy = dy.contiguous(format);
+  if (want_dx && !torch_mask[0]) {
+    result[0] = empty_dx();
+    const Tensor dense_weight = weight.contiguous();
+    Conv2dBackwardInput a{};
+    a.shape = shape, a.dy = dense_dy.const_data_ptr(), a.weight = dense_weight.const_data_ptr();
+    a.dx = result[0].mutable_data_ptr();
+    run(for_dx, a, dense_dy, device);
+  }
+  if (want_dweight && !torch_mask[1]) {
+    result[1] = empty_dweight();
+    if (want_dbias) result[2] = empty_dbias();
+    const Tensor dense_x = x.contiguous(format);
+    Conv2dBackwardWeight a{};
+    a.shape = shape, a.x = dense_x.const_data_ptr(), a.dy = dense_dy.const_data_ptr();
+    a.dweight = result[1].mutable_data_ptr(), a.dbias = data_if(want_dbias, result[2]);
+    run(for_dweight, a, dense_dy, device);
+  }
+  return results();
+}
+
+}  // namespace
+}  // namespace fastnorm
+
+TORCH_LIBRARY_FRAGMENT(FASTNORM_LIBRARY, m) {
+  m.def(
+      "conv2d_forward(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "
+      "int groups, str activation, float negative_slope, str algorithm) -> Tensor y",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "conv2d_backward(Tensor dy, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, "
+      "int groups, str algorithm, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+      {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(FASTNORM_LIBRARY, CompositeExplicitAutograd, m) {
+  m.impl("conv2d_forward", fastnorm::conv2d_forward);
+  m.impl("conv2d_backward", fastnorm::conv2d_backward);
+}

@@ -1,0 +1,283 @@
+// Convolution as a matrix product, and its gradient to the input, which is one too; ../conv2d.h has the formulas.
+//
+// Rows of the product are pixels of the result, columns its channels, and the sum runs over the taps and the channels
+// that are read.  The columns of im2col are never copied together: a row is a pointer per tap into the image.  Images
+// that are not [pixels][channels] in the accumulate type are first copied to that, a few rows at a time, with zeros
+// around them: on such a copy neighbouring taps of a row are one run of numbers.  The weights are packed once per call,
+// in panels of result channels.
+//
+// Floor: n * pixels * co * ci * taps multiply-adds, of which the registers' tile does 2 vectors a cycle.  A panel's
+// kDepth numbers stay in the L1 cache for all of a block's pixels, and these in L2 for all panels.
+#include "conv2d_im2col.h"
+
+#include "parallel.h"
+
+namespace fastnorm::cpu::CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t kPixels = 192;  // of a block
+constexpr int64_t kDepth = 256;   // terms of the sum between two visits of a tile to memory
+
+// A forward convolution or a gradient to the input as the same product.
+struct Problem {
+  ConvShape shape;
+  bool backward;
+  const void *in, *weight, *bias;
+  void* out;
+  Activation activation;
+  double slope;
+  void* workspace;
+  int threads;
+
+  explicit Problem(const Conv2dForward& a)
+      : shape(a.shape),
+        backward(false),
+        in(a.x),
+        weight(a.weight),
+        bias(a.bias),
+        out(a.y),
+        activation(a.activation),
+        slope(a.negative_slope),
+        workspace(a.workspace),
+        threads(a.threads) {}
+  explicit Problem(const Conv2dBackwardInput& a)
+      : shape(a.shape),
+        backward(true),
+        in(a.dy),
+        weight(a.weight),
+        bias(nullptr),
+        out(a.dx),
+        activation(Activation::kNone),
+        slope(0),
+        workspace(a.workspace),
+        threads(a.threads) {}
+};
+
+template <class T>
+struct Product {
+  using A = Accumulate<T>;
+  using V = at::vec::Vectorized<A>;
+  static constexpr int64_t kColumns = kPanel<A>;
+
+  const Problem& p;
+  ConvReach y, x;
+  int64_t n, groups, terms, results;  // terms, results: channels of a group that are read and made
+  int64_t panels, runs, run_length;   // a run: the terms that follow each other in memory
+  bool copied, merged, scattered;     // scattered: results go through a copy
+  ConvBlocks blocks;
+  int64_t split;  // parts of the panels that are work items of their own
+  ImageLayout in_layout, out_layout;
+
+  A *weights, *bias, *zeros;
+  size_t shared_bytes, thread_bytes;
+
+  explicit Product(const Problem& p)
+      : p(p),
+        y(p.shape.y, p.backward),
+        x(p.shape.x, p.backward),
+        n(p.shape.n),
+        groups(p.shape.groups),
+        terms(p.backward ? p.shape.co : p.shape.ci),
+        results(p.backward ? p.shape.ci : p.shape.co),
+        panels((results + kColumns - 1) / kColumns),
+        blocks(n, y.out, x.out, kPixels) {
+    const bool plain = p.shape.channels_last && std::is_same_v<T, A>;
+    copied = !plain || (terms < 16 && x.neighbours() && x.kernel > 1), scattered = !plain;
+    merged = copied && x.neighbours();
+    runs = merged ? y.kernel : p.shape.taps(), run_length = merged ? x.kernel * terms : terms;
+    in_layout = {groups * terms, int64_t(y.in) * x.in, p.shape.channels_last};
+    out_layout = {groups * results, int64_t(y.out) * x.out, p.shape.channels_last};
+    const int64_t items = blocks.count * groups, wanted = 4 * p.threads;
+    split = p.threads == 1 || items >= wanted ? 1 : std::min(panels, (wanted + items - 1) / items);
+    ConvScratch shared{nullptr};
+    layout_shared(shared), shared_bytes = shared.used;
+    ConvScratch own{nullptr};
+    Own(*this, own), thread_bytes = own.used;
+  }
+
+  void layout_shared(ConvScratch& s) {
+    weights = s.take<A>(groups * panels * runs * run_length * kColumns);
+    bias = s.take<A>(groups * panels * kColumns);
+    zeros = s.take<A>(terms + kColumns);
+  }
+
+  // The results of a block whose taps see the same things, and what these are.
+  struct Phase {
+    int64_t pixels, runs;
+    int64_t* place;   // of each pixel in the block
+    int64_t* packed;  // where each run's weights are in a panel
+    const A** rows;   // [run][pixel]
+  };
+
+  // What a thread has for itself.
+  struct Own {
+    A *image, *sums, *results;
+    const A** rows;
+    int64_t *place, *packed;
+    Phase* phase;
+
+    Own(const Product& q, ConvScratch& s) {
+      const int64_t pixels = q.blocks.samples * q.blocks.rows * q.x.out;
+      image = s.take<A>(q.copied ? ConvView<T>::elements(q.y, q.x, q.blocks, q.terms) : 0);
+      sums = s.take<A>(pixels * kColumns);
+      results = s.take<A>(q.scattered ? pixels * kColumns : 0);
+      rows = s.take<const A*>(pixels * q.runs);
+      place = s.take<int64_t>(pixels);
+      packed = s.take<int64_t>(q.runs);
+      phase = s.take<Phase>(int64_t(q.y.phases()) * q.x.phases());
+    }
+  };
+
+  size_t bytes() const { return shared_bytes + p.threads * thread_bytes; }
+
+  // ---- Packing ------------------------------------------------------------------------------------------------------
+
+  // The panel's weights as [run][term][column].
+  void pack_panel(int64_t item) const {
+    const int64_t group = item / panels, first = item % panels * kColumns, ci = p.shape.ci, taps = p.shape.taps();
+    const int64_t width = std::min(kColumns, results - first), window = x.kernel;
+    const T* const w = static_cast<const T*>(p.weight) + group * p.shape.co * ci * taps;
+    A* const to = weights + item * runs * run_length * kColumns;
+    const int64_t term_step = p.backward ? ci * taps : taps, column_step = p.backward ? taps : ci * taps;
+    for (int64_t k = 0; k < terms; k++)
+      for (int64_t tap = 0; tap < taps; tap++) {
+        const int64_t ky = tap / window, kx = tap % window;
+        // In a merged run the taps are in the order of the positions that they see.
+        const int64_t at = merged ? ky * run_length + (p.backward ? window - 1 - kx : kx) * terms : tap * run_length;
+        const T* const from = w + tap + k * term_step + first * column_step;
+        A* const row = to + (at + k) * kColumns;
+        for (int64_t j = 0; j < width; j++) row[j] = A(from[j * column_step]);
+        for (int64_t j = width; j < kColumns; j++) row[j] = A(0);
+      }
+    for (int64_t j = 0; j < kColumns; j++)
+      bias[item * kColumns + j] =
+          p.bias && j < width ? A(static_cast<const T*>(p.bias)[group * results + first + j]) : A(0);
+  }
+
+  // ---- Product ------------------------------------------------------------------------------------------------------
+
+  [[gnu::noinline]] void activate_sums(A* sums, int64_t count) const {
+    for (int64_t i = 0; i < count; i += V::size())
+      activate(p.activation, V::loadu(sums + i), V(A(p.slope))).store(sums + i);
+  }
+
+  // sums = what they start from + the products of all runs, a part of the terms after the other.
+  void multiply_panel(const Phase& f, A* sums, const A* panel, const A* start) const {
+    const int64_t length = std::min(run_length, kDepth), together = std::max<int64_t>(1, kDepth / run_length);
+    auto add = [&](const A* from, int64_t pitch, int64_t run, int64_t end_run, int64_t term, int64_t count) {
+      for (int64_t m = 0; m < f.pixels; m += kTileRows)
+        with_rows(std::min<int64_t>(kTileRows, f.pixels - m), [&](auto row_count) {
+          constexpr int R = row_count;
+          Tile<A, R> tile;
+          tile.load(from + m * pitch, pitch);
+          for (int64_t i = run; i < end_run; i++) {
+            const A* rows[R];
+            for (int r = 0; r < R; r++) rows[r] = f.rows[i * f.pixels + m + r] + term;
+            tile.multiply_add(rows, count, panel + (f.packed[i] + term) * kColumns);
+          }
+          tile.store(sums + m * kColumns, kColumns);
+        });
+    };
+    if (f.runs == 0) return add(start, 0, 0, 0, 0, 0);
+    for (int64_t run = 0; run < f.runs; run += together)
+      for (int64_t term = 0; term < run_length; term += length) {
+        const bool first = run == 0 && term == 0;
+        add(first ? start : sums, first ? 0 : kColumns, run, std::min(run + together, f.runs), term,
+            std::min(length, run_length - term));
+      }
+  }
+
+  // A panel's sums to where the results belong.
+  void finish_panel(const Phase& f, const Own& own, const ConvBlock& block, int64_t channel, int64_t count) const {
+    if (p.activation != Activation::kNone) activate_sums(own.sums, f.pixels * kColumns);
+    const int64_t first = block.sample * out_layout.pixels + block.row * x.out;
+    for (int64_t m = 0; m < f.pixels; m++) {
+      const Pack<A> sums = load<A>(own.sums + m * kColumns, Full<A>());
+      A* const to = scattered ? own.results + f.place[m] * kColumns
+                              : static_cast<A*>(p.out) + (first + f.place[m]) * out_layout.channels + channel;
+      scattered || count == kColumns ? store<A>(to, sums, Full<A>()) : store<A>(to, sums, count);
+    }
+  }
+
+  // The pixels of each phase and what their taps see.
+  void collect(const Own& own, const ConvView<T>& view, const ConvBlock& block) const {
+    const A** rows = own.rows;
+    int64_t *place = own.place, *packed = own.packed;
+    auto for_pixels = [&](int phase_y, int phase_x, auto f) {
+      for (int64_t s = block.sample; s < block.sample_end; s++)
+        for (int64_t row = y.first(phase_y, block.row); row < block.row_end; row += y.phases())
+          for (int64_t column = x.first(phase_x, 0); column < x.out; column += x.phases()) f(s, row, column);
+    };
+    for (int i = 0; i < y.phases() * x.phases(); i++) {
+      const int phase_y = i / x.phases(), phase_x = i % x.phases();
+      Phase& f = own.phase[i] = {0, 0, place, packed, rows};
+      for_pixels(phase_y, phase_x, [&](int64_t s, int64_t row, int64_t column) {
+        *place++ = ((s - block.sample) * (block.row_end - block.row) + row - block.row) * x.out + column;
+      });
+      f.pixels = place - f.place;
+      for (int ky = 0; ky < y.kernel; ky++)
+        for (int kx = 0; kx < (merged ? 1 : x.kernel); kx++) {
+          if (!y.has_tap(phase_y, ky) || !x.has_tap(phase_x, kx)) continue;
+          const int tap = merged && p.backward ? x.kernel - 1 : kx;  // the one that sees the first position
+          *packed++ = (merged ? ky : ky * x.kernel + kx) * run_length;
+          for_pixels(phase_y, phase_x, [&](int64_t s, int64_t row, int64_t column) {
+            *rows++ = view.pixel(s, y.position(row, ky), x.position(column, tap));
+          });
+        }
+      f.runs = packed - f.packed;
+    }
+  }
+
+  void run_item(int64_t item, const Own& own) const {
+    const int64_t part = item % split, group = item / split % groups;
+    const ConvBlock block = blocks(item / split / groups, n, y.out);
+    ConvView<T> view(y, x, in_layout, group * terms, terms, copied, p.in, zeros, own.image);
+    view.read(block);
+    collect(own, view, block);
+    const int64_t pixels = (block.row_end - block.row) * x.out;
+    for (int64_t panel = panels * part / split; panel < panels * (part + 1) / split; panel++) {
+      const int64_t packed = group * panels + panel, channel = group * results + panel * kColumns;
+      const int64_t count = std::min(kColumns, results - panel * kColumns);
+      for (int i = 0; i < y.phases() * x.phases(); i++) {
+        const Phase& f = own.phase[i];
+        multiply_panel(f, own.sums, weights + packed * runs * run_length * kColumns, bias + packed * kColumns);
+        finish_panel(f, own, block, channel, count);
+      }
+      if (!scattered) continue;
+      for (int64_t s = block.sample; s < block.sample_end; s++)
+        write_pixels<T>(own.results + (s - block.sample) * pixels * kColumns, kColumns,
+                        static_cast<T*>(p.out) + s * out_layout.channels * out_layout.pixels, out_layout, channel,
+                        count, block.row * x.out, pixels);
+    }
+  }
+
+  void run() {
+    ConvScratch shared{static_cast<char*>(p.workspace)};
+    layout_shared(shared);
+    std::fill_n(zeros, terms + kColumns, A(0));
+    parallel(p.threads, [&](Team team) {
+      team.for_each(groups * panels, [&](int64_t item) { pack_panel(item); });
+      ConvScratch scratch{static_cast<char*>(p.workspace) + shared_bytes + team.rank * thread_bytes};
+      const Own own(*this, scratch);
+      team.for_each(blocks.count * groups * split, [&](int64_t item) { run_item(item, own); });
+    });
+  }
+};
+
+size_t workspace_bytes(const Problem& p) {
+  size_t bytes = 0;
+  with_type(p.shape.dtype, [&](auto zero) { bytes = Product<decltype(zero)>(p).bytes(); });
+  return bytes;
+}
+void multiply(const Problem& p) {
+  with_type(p.shape.dtype, [&](auto zero) { Product<decltype(zero)>(p).run(); });
+}
+
+}  // namespace
+
+size_t conv2d_im2col_forward_workspace(const Conv2dForward& a) { return workspace_bytes(Problem(a)); }
+void conv2d_im2col_forward(const Conv2dForward& a) { multiply(Problem(a)); }
+size_t conv2d_im2col_backward_input_workspace(const Conv2dBackwardInput& a) { return workspace_bytes(Problem(a)); }
+void conv2d_im2col_backward_input(const Conv2dBackwardInput& a) { multiply(Problem(a)); }
+
+}  // namespace fastnorm::cpu::CPU_CAPABILITY

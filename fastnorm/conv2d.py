@@ -1,0 +1,202 @@
+"""Convolution of images: function, torch.func, module.
+
+y[n, o] = activation(bias[o] + sum over c of weight[o, c] * x[n, c]),  * the cross-correlation
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
+
+from ._library import extension, ops
+from .activation import activate, check_activation
+from .module import intercept, intercepted
+
+_forward = ops.conv2d_forward.default
+_backward = ops.conv2d_backward.default
+_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+ALGORITHMS = ("auto", "torch", "im2col", "direct", "depthwise", "winograd")
+
+Size2d = int | Sequence[int]
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size2d = 1,
+    padding: Size2d | str = 0,
+    dilation: Size2d = 1,
+    groups: int = 1,
+    *,
+    activation: str | None = None,
+    algorithm: str = "auto",
+) -> Tensor:
+    r"""Two-dimensional convolution (cross-correlation), then an optional activation.
+
+    .. math:: y_{n,o,p,q} = \mathrm{activation}\Big(b_o + \sum_{c,k,l} w_{o,c,k,l} \;
+        x_{n,\;c,\;p \cdot s_h - p_h + k \cdot d_h,\;q \cdot s_w - p_w + l \cdot d_w}\Big)
+
+    with zeros outside of x, and c over the channels of o's group. The columns of im2col are never in memory.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W), of any strides. If it or the weight is channels_last, so is the result.
+            float64, float32, float16 or bfloat16; what else torch's own takes that one does.
+        weight: (O, C / groups, kH, kW), of the input's dtype.
+        bias: (O,), likewise. None is 0.
+        stride: between windows, of height and width, or one number for both; so are the following two.
+        padding: of zeros on both sides; or "valid" for none, or "same" for as much as keeps the size (stride 1).
+        dilation: between the taps of a window.
+        groups: channels are split into as many groups, each of which is convolved for itself.
+        activation: None, "relu", "relu6", "leaky_relu" (slope 0.01), "elu", "sigmoid", "tanh", "silu", "gelu",
+            "gelu_tanh" or "hardswish".
+        algorithm: "auto" takes what measured fastest, torch's own convolution among it. "im2col" (any convolution),
+            "direct", "depthwise" and "winograd" (3x3, stride and dilation 1, padding up to 2) ask for one of fastnorm's,
+            "torch" for torch's, in the backward pass too.
+
+    Returns:
+        Tensor of shape (N, O, H', W') or (O, H', W') with H' = floor((H + 2 padding - dilation (kH - 1) - 1) / stride)
+        + 1, of the input's dtype.
+
+    Accuracy:
+        Sums are in float32 (float64 for float64) and rounded once. Where
+        :func:`torch.set_float32_matmul_precision` is set to "high" or "medium", float32 convolutions may take
+        Winograd's F(4x4, 3x3) on the CPU: within 3e-5 of the largest result. With "highest", torch's default, they
+        do not.
+
+    Raises:
+        RuntimeError: for shapes, dtypes or devices that do not go together, or a window that is not possible.
+        ValueError: for an unknown activation or algorithm, or one that does not compute this convolution.
+        TypeError: for a stride, padding or dilation that is no int.
+
+    Source: :func:`torch.nn.functional.conv2d`; Lavin and Gray, Fast Algorithms for Convolutional Neural Networks
+    (CVPR 2016), for Winograd's.
+
+    Example:
+        >>> x, weight = torch.randn(2, 3, 8, 8), torch.randn(5, 3, 3, 3)
+        >>> y = conv2d(x, weight, padding=1, activation="relu")
+        >>> torch.allclose(y, torch.conv2d(x, weight, padding=1).relu(), atol=1e-5)
+        True
+    """
+    if has_torch_function((input, weight, bias)):
+        return handle_torch_function(
+            conv2d, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups,
+            activation=activation, algorithm=algorithm,
+        )  # fmt: skip
+    check_activation("conv2d", activation)
+    return _conv2d(input, weight, bias, stride, padding, dilation, groups, activation, algorithm)
+
+
+def _conv2d(x, weight, bias, stride, padding, dilation, groups, activation, algorithm="auto"):
+    if x.dtype not in _DTYPES:
+        return activate(F.conv2d(x, weight, bias, stride, padding, dilation, groups), activation, 0.01)
+    if isinstance(padding, str):
+        x, padding = _pad(x, weight, stride, padding, dilation)
+    if torch.compiler.is_compiling():
+        y = _forward(
+            x if x.dim() != 3 else x.unsqueeze(0), weight, bias, _ints(stride), _ints(padding), _ints(dilation), groups,
+            activation or "none", 0.01, algorithm,
+        )  # fmt: skip
+        return y if x.dim() != 3 else y.squeeze(0)
+    return extension.conv2d(x, weight, bias, stride, padding, dilation, groups, activation or "none", algorithm)
+
+
+def _ints(size: Size2d) -> list[int]:
+    return [size] if isinstance(size, int) else list(size)
+
+
+def _pair(size: Size2d) -> list[int]:
+    return (_ints(size) * 2)[:2]
+
+
+def _pad(x: Tensor, weight: Tensor, stride: Size2d, padding: str, dilation: Size2d) -> tuple[Tensor, list[int]]:
+    """The input and the padding on both sides that padding by name comes to."""
+    if padding == "valid":
+        return x, [0, 0]
+    if padding != "same":
+        raise RuntimeError(f"conv2d: Invalid padding string: '{padding}'; it must be 'same' or 'valid'")
+    if any(s != 1 for s in _pair(stride)):
+        raise RuntimeError("conv2d: padding='same' is not supported for strided convolutions")
+    total = [d * (k - 1) for d, k in zip(_pair(dilation), weight.shape[2:], strict=True)]
+    if total[0] % 2 or total[1] % 2:  # what is odd is one more below and to the right
+        x = F.pad(x, (0, total[1] % 2, 0, total[0] % 2))
+    return x, [t // 2 for t in total]
+
+
+# ---- torch.func.vmap ------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_vmap(_forward._schema.name)
+def _vmap_forward(info, in_dims, x, weight, bias, stride, padding, dilation, groups, activation, slope, algorithm):
+    x_dim, weight_dim, bias_dim = in_dims[:3]
+    if weight_dim is None and bias_dim is None:
+        y = _forward(
+            x.movedim(x_dim, 0).flatten(0, 1), weight, bias, stride, padding, dilation, groups, activation, slope,
+            algorithm,
+        )  # fmt: skip
+        return y.unflatten(0, (info.batch_size, -1)), 0
+
+    def composite(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return activate(F.conv2d(x, weight, bias, stride, padding, dilation, groups), activation, slope)
+
+    return torch.vmap(composite, (x_dim, weight_dim, bias_dim))(x, weight, bias), 0
+
+
+@torch.library.register_vmap(_backward._schema.name)
+def _vmap_backward(info, in_dims, dy, x, weight, stride, padding, dilation, groups, algorithm, output_mask):
+    def composite(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        results = torch.ops.aten.convolution_backward(
+            dy, x, weight, [weight.shape[0]], _pair(stride), _pair(padding), _pair(dilation), False, [0, 0], groups,
+            output_mask,
+        )  # fmt: skip
+        return tuple(dy.new_empty(0) if t is None else t for t in results)
+
+    return torch.vmap(composite, in_dims[:3])(dy, x, weight), (0, 0, 0)
+
+
+# ---- Module ---------------------------------------------------------------------------------------------------------
+
+
+class Conv2d(nn.Conv2d):
+    """Convolution with an optional activation.
+
+    See :func:`fastnorm.functional.conv2d` for the formula, dtypes, accuracy and errors. Everything else is
+    :class:`torch.nn.Conv2d`'s, which this class is a subclass of: arguments, the four padding modes, parameters,
+    initialisation, state_dict.
+
+    Args:
+        activation: None, "relu", "relu6", "leaky_relu", "elu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh" or
+            "hardswish".
+
+    Shape:
+        input: (N, C, H, W) or (C, H, W); output: (N, O, H', W') or (O, H', W').
+
+    Example:
+        >>> Conv2d(3, 16, 3, padding=1, activation="relu")(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 16, 8, 8])
+    """
+
+    activation: str | None = None
+
+    def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any) -> None:
+        check_activation(type(self).__name__, activation)
+        super().__init__(*args, **kwargs)
+        self.activation = activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        if intercepted(input, None):
+            return intercept(self, input)
+        return self._conv_forward(input, self.weight, self.bias)
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+        return _conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups, self.activation)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        return text if self.activation is None else f"{text}, activation={self.activation!r}"
