@@ -129,32 +129,39 @@ def _pad(x: Tensor, weight: Tensor, stride: Size2d, padding: str, dilation: Size
 # ---- torch.func.vmap ------------------------------------------------------------------------------------------------
 
 
+def _into_channels(batch: int, dim: int | None, t: Tensor) -> Tensor:
+    """Images whose batch dimension is made part of the channels: a group, or groups, for each."""
+    t = t.unsqueeze(1).expand(-1, batch, -1, -1, -1) if dim is None else t.movedim(dim, 1)
+    return t.flatten(1, 2)
+
+
+def _into_outputs(batch: int, dim: int | None, t: Tensor) -> Tensor:
+    """Likewise of a weight or bias."""
+    t = t.unsqueeze(0).expand(batch, *t.shape) if dim is None else t.movedim(dim, 0)
+    return t.flatten(0, 1)
+
+
 @torch.library.register_vmap(_forward._schema.name)
-def _vmap_forward(info, in_dims, x, weight, bias, stride, padding, dilation, groups, activation, slope, algorithm):
-    x_dim, weight_dim, bias_dim = in_dims[:3]
+def _vmap_forward(info, in_dims, x, weight, bias, stride, padding, dilation, groups, *rest):
+    size, (x_dim, weight_dim, bias_dim, *_) = info.batch_size, in_dims
     if weight_dim is None and bias_dim is None:
-        y = _forward(
-            x.movedim(x_dim, 0).flatten(0, 1), weight, bias, stride, padding, dilation, groups, activation, slope,
-            algorithm,
-        )  # fmt: skip
-        return y.unflatten(0, (info.batch_size, -1)), 0
-
-    def composite(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return activate(F.conv2d(x, weight, bias, stride, padding, dilation, groups), activation, slope)
-
-    return torch.vmap(composite, (x_dim, weight_dim, bias_dim))(x, weight, bias), 0
+        y = _forward(x.movedim(x_dim, 0).flatten(0, 1), weight, bias, stride, padding, dilation, groups, *rest)
+        return y.unflatten(0, (size, -1)), 0
+    x, weight = _into_channels(size, x_dim, x), _into_outputs(size, weight_dim, weight)
+    bias = None if bias is None else _into_outputs(size, bias_dim, bias)
+    return _forward(x, weight, bias, stride, padding, dilation, groups * size, *rest).unflatten(1, (size, -1)), 1
 
 
 @torch.library.register_vmap(_backward._schema.name)
 def _vmap_backward(info, in_dims, dy, x, weight, stride, padding, dilation, groups, algorithm, output_mask):
-    def composite(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        results = torch.ops.aten.convolution_backward(
-            dy, x, weight, [weight.shape[0]], _pair(stride), _pair(padding), _pair(dilation), False, [0, 0], groups,
-            output_mask,
-        )  # fmt: skip
-        return tuple(dy.new_empty(0) if t is None else t for t in results)
-
-    return torch.vmap(composite, in_dims[:3])(dy, x, weight), (0, 0, 0)
+    size = info.batch_size
+    dy, x = (_into_channels(size, dim, t) for dim, t in zip(in_dims[:2], (dy, x), strict=True))
+    weight = _into_outputs(size, in_dims[2], weight)
+    results = _backward(dy, x, weight, stride, padding, dilation, groups * size, algorithm, output_mask)
+    dims = [dim if wanted else None for dim, wanted in zip((1, 0, 0), output_mask, strict=True)]
+    return tuple(
+        t if dim is None else t.unflatten(dim, (size, -1)) for t, dim in zip(results, dims, strict=True)
+    ), tuple(dims)
 
 
 # ---- Module ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The cases that torch publishes for its own norms (torch.testing._internal), run on fastnorm's."""
 
+import copy
 import inspect
 import itertools
 
@@ -44,11 +45,13 @@ def test_modules(backend, name, dtype, training):
         arguments, keywords = case.constructor_input.args, dict(case.constructor_input.kwargs)
         has_parameters = "device" in inspect.signature(getattr(torch.nn, name)).parameters
         x = to_layout(case.forward_input.args[0].detach().to(backend.device), layout)
-        results = []
+        results, initial = [], None
         # torch rounds partial sums of 16-bit parameters' gradients: in 16 bits its side is computed in float64.
         for cls, wide in ((MODULES[name], dtype), (getattr(torch.nn, name), WIDE[dtype])):
             factory = {"device": backend.device, "dtype": wide} if has_parameters else {}
             module = cls(*arguments, **keywords | factory).train(training)
+            initial = initial or copy.deepcopy(module.state_dict())  # random of convolutions
+            module.load_state_dict(initial)
             leaf = x.to(wide, copy=True).requires_grad_()
             y, *others = outputs if isinstance(outputs := module(leaf), tuple) else (outputs,)
             y.backward(torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape).to(dtype).to(wide))
@@ -70,14 +73,14 @@ def test_function(backend, name, dtype):
         for package in (fastnorm, torch.nn):
             tensors = []
 
-            def copy(t, tensors=tensors):
+            def take(t, tensors=tensors):
                 if not isinstance(t, torch.Tensor):
                     return t
                 tensors.append(t.detach().to(backend.device, copy=True).requires_grad_(t.requires_grad))
                 return tensors[-1]
 
-            x, args = copy(sample.input), [copy(t) for t in sample.args]
-            y = getattr(package.functional, name)(x, *args, **{k: copy(t) for k, t in sample.kwargs.items()})
+            x, args = take(sample.input), [take(t) for t in sample.args]
+            y = getattr(package.functional, name)(x, *args, **{k: take(t) for k, t in sample.kwargs.items()})
             leaves = [t for t in tensors if t.requires_grad]
             y, *others = y if isinstance(y, tuple) else (y,)
             gradients = torch.autograd.grad(y.sum(), leaves, allow_unused=True) if y.numel() else ()

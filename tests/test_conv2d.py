@@ -1,0 +1,265 @@
+"""Convolution: forward and backward of every algorithm against float64, edges, errors, determinism."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DTYPES, LAYOUTS, to_layout
+from oracle import error
+
+from fastnorm.functional import conv2d
+
+# x, weight, stride, padding, dilation, groups; in each what decides between the kernels' ways.
+CASES = {
+    "3x3": ((2, 5, 9, 11), (7, 5, 3, 3), 1, 1, 1, 1),
+    "3x3, whole vectors": ((1, 32, 8, 8), (32, 32, 3, 3), 1, 1, 1, 1),
+    "3x3, no padding": ((2, 17, 6, 7), (33, 17, 3, 3), 1, 0, 1, 1),
+    "3x3, padding of 2": ((1, 3, 5, 6), (6, 3, 3, 3), 1, (2, 1), 1, 1),
+    "1x1": ((2, 18, 7, 5), (20, 18, 1, 1), 1, 0, 1, 1),
+    "1x1 s2": ((2, 6, 7, 8), (9, 6, 1, 1), 2, 0, 1, 1),
+    "5x5 of one channel": ((3, 1, 12, 12), (6, 1, 5, 5), 1, 2, 1, 1),
+    "7x7 s2 of three": ((2, 3, 15, 18), (8, 3, 7, 7), 2, 3, 1, 1),
+    "3x3 s2": ((2, 8, 9, 10), (12, 8, 3, 3), 2, 1, 1, 1),
+    "s3, asymmetric": ((1, 4, 11, 13), (5, 4, 2, 3), (3, 2), (1, 2), 1, 1),
+    "dilated": ((1, 6, 13, 12), (4, 6, 3, 2), 1, 2, (2, 3), 1),
+    "dilated s2": ((1, 3, 12, 13), (4, 3, 3, 3), 2, 3, 2, 1),
+    "groups": ((2, 6, 7, 8), (9, 2, 3, 3), 1, 1, 1, 3),
+    "depthwise": ((2, 9, 8, 10), (9, 1, 3, 3), 1, 1, 1, 9),
+    "depthwise s2, twice as many": ((2, 4, 9, 9), (8, 1, 5, 5), 2, 2, 1, 4),
+    "depthwise 7x7": ((1, 16, 9, 12), (16, 1, 7, 7), 1, 3, 1, 16),
+    "padding beyond the window": ((1, 2, 3, 4), (3, 2, 2, 2), 1, 4, 1, 1),
+    "one pixel": ((3, 7, 1, 1), (5, 7, 3, 3), 1, 1, 1, 1),
+    "window of the image": ((2, 3, 6, 5), (4, 3, 6, 5), 1, 0, 1, 1),
+    "steps beyond the window": ((1, 3, 11, 10), (4, 3, 2, 1), (4, 3), 0, 1, 1),
+}
+COMPUTES = {
+    "im2col": lambda case: True,
+    "winograd": lambda case: CASES[case][1][2:] == (3, 3) and CASES[case][2] == CASES[case][4] == 1,
+    "direct": lambda case: CASES[case][1][1] <= 4 and CASES[case][5] == 1 and CASES[case][4] == 1,
+    "depthwise": lambda case: CASES[case][1][1] == 1 and CASES[case][5] == CASES[case][1][0],
+}
+KERNELS = [(a, c) for a, c in itertools.product(COMPUTES, CASES) if COMPUTES[a](c)]
+
+
+def skip_what_is_missing(backend, algorithm, dtype=torch.float32):
+    if backend.device == "cuda" or backend.small:
+        if algorithm != "im2col":
+            pytest.skip("the CUDA kernels are one algorithm")
+    elif algorithm in ("winograd", "direct", "depthwise") and dtype == torch.float64:
+        pytest.skip("float64 goes the exact, general way")
+
+
+def run(function, case, layout, dtype, device, bias=True, exact=False):
+    """y, dx, dweight and dbias of the same numbers."""
+    generator = torch.Generator().manual_seed(0)
+    shape, weight_shape, *window = CASES[case]
+    x, weight = (torch.randn(s, generator=generator).to(dtype) for s in (shape, weight_shape))
+    b = torch.randn(weight_shape[0], generator=generator).to(dtype) if bias else None
+    wide = torch.float64 if exact else dtype
+    leaves = [to_layout(t, layout).to("cpu" if exact else device, wide) for t in (x, weight)]
+    leaves += [b.to("cpu" if exact else device, wide)] if bias else []
+    leaves = [t.requires_grad_() for t in leaves]
+    y = function(*leaves[:2], leaves[2] if bias else None, *window)
+    dy = torch.randn(y.shape, generator=generator).to(dtype)
+    gradients = torch.autograd.grad(y, leaves, to_layout(dy, layout).to(y.device, y.dtype))
+    return [y.detach(), *gradients]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("algorithm, case", KERNELS)
+def test_against_float64(backend, algorithm, case, dtype):
+    skip_what_is_missing(backend, algorithm, dtype)
+    for layout in LAYOUTS:
+        exact = run(F.conv2d, case, layout, dtype, backend.device, exact=True)
+        torchs = run(F.conv2d, case, layout, dtype, backend.device)
+        ours = run(lambda *a: conv2d(*a, algorithm=algorithm), case, layout, dtype, backend.device)
+        for name, a, b, c in zip(("y", "dx", "dweight", "dbias"), ours, torchs, exact, strict=True):
+            assert a.dtype == dtype
+            floor = (64 if dtype == torch.float64 else 8) * torch.finfo(dtype).eps
+            if algorithm == "winograd":
+                floor = max(floor, 3e-5)
+            allowed = 2 * error(b, c) + floor
+            assert error(a, c) <= allowed, f"{name} {layout}: {error(a, c):.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_of_results(layout):
+    for algorithm, case in KERNELS:
+        torchs = run(F.conv2d, case, layout, torch.float32, "cpu")
+        ours = run(lambda *a, algorithm=algorithm: conv2d(*a, algorithm=algorithm), case, layout, torch.float32, "cpu")
+        for a, b in zip(ours[:2], torchs[:2], strict=True):
+            assert a.is_contiguous(memory_format=torch.channels_last) == b.is_contiguous(
+                memory_format=torch.channels_last
+            ), (algorithm, case)
+
+
+ACTIVATIONS = {
+    "relu": F.relu, "relu6": F.relu6, "leaky_relu": F.leaky_relu, "elu": F.elu, "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh, "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "hardswish": F.hardswish,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("algorithm", ["auto", *COMPUTES])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(backend, algorithm, activation):
+    skip_what_is_missing(backend, algorithm)
+    case = {"direct": "5x5 of one channel", "depthwise": "depthwise"}.get(algorithm, "3x3")
+    exact = run(lambda *a: ACTIVATIONS[activation](F.conv2d(*a)), case, "planes", torch.float32, "cpu", exact=True)
+    ours = run(lambda *a: conv2d(*a, activation=activation, algorithm=algorithm), case, "planes", torch.float32,
+               backend.device)  # fmt: skip
+    for a, c in zip(ours, exact, strict=True):
+        assert error(a, c) <= 3e-5
+    with torch.no_grad():  # where all of them are fused
+        x, weight = (torch.randn(s, device=backend.device) for s in CASES[case][:2])
+        y = conv2d(x, weight, None, *CASES[case][2:], activation=activation, algorithm=algorithm)
+        z = ACTIVATIONS[activation](F.conv2d(x.cpu().double(), weight.cpu().double(), None, *CASES[case][2:]))
+        assert error(y, z) <= 3e-5
+
+
+def test_strides_alignment_and_expanded_gradients(backend):
+    base = torch.randn(2, 12, 11, 18, device=backend.device)
+    views = {
+        "offset": base.flatten()[1 : 1 + 2 * 4 * 10 * 16].view(2, 4, 10, 16),
+        "sliced": base[:, ::3, 1:9, 2:18],
+        "transposed": base.transpose(2, 3)[:, :4],
+        "channels_last slice": base.contiguous(memory_format=torch.channels_last)[:, :4],
+        "expanded": base[:1, :1].expand(3, 4, -1, -1),
+    }
+    weights = torch.randn(3, 3, 6, 4, device=backend.device).permute(2, 3, 0, 1)
+    for name, x in views.items():
+        x = x.detach()
+        results = []
+        for function in (lambda *a: conv2d(*a, algorithm="im2col"), F.conv2d):
+            leaves = [t.detach().requires_grad_() for t in (x, weights)]
+            y = function(*leaves, None, 1, 1)
+            results.append([y.detach(), *torch.autograd.grad(y.sum(), leaves)])
+        for a, b in zip(*results, strict=True):
+            assert error(a, b) < 1e-5, name
+
+
+def test_empty_and_degenerate(backend):
+    for shape, weight_shape in (((0, 3, 5, 5), (4, 3, 3, 3)), ((2, 3, 3, 3), (4, 3, 3, 3))):
+        for algorithm in ("auto", "im2col"):
+            x = torch.randn(shape, device=backend.device, requires_grad=True)
+            weight = torch.randn(weight_shape, device=backend.device, requires_grad=True)
+            bias = torch.randn(4, device=backend.device, requires_grad=True)
+            y, z = conv2d(x, weight, bias, algorithm=algorithm), F.conv2d(x, weight, bias)
+            assert y.shape == z.shape
+            for a, b in zip(torch.autograd.grad(y.sum(), (x, weight, bias)),
+                            torch.autograd.grad(z.sum(), (x, weight, bias)), strict=True):  # fmt: skip
+                assert error(a, b) < 1e-5
+
+
+def test_unbatched_and_named_paddings(backend):
+    x, weight, bias = torch.randn(4, 9, 10), torch.randn(6, 2, 4, 3), torch.randn(6)
+    x, weight, bias = (t.to(backend.device) for t in (x, weight, bias))
+    for padding, dilation in (("same", 1), ("same", (3, 2)), ("valid", 1), (1, 1), ((2, 0), 2)):
+        for batch in (x, torch.stack([x, x + 1])):
+            ours, theirs = (f(batch, weight, bias, 1, padding, dilation, 2) for f in (conv2d, F.conv2d))
+            assert ours.shape == theirs.shape and error(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("algorithm, case", [k for k in KERNELS if k[1] in ("3x3", "3x3 s2", "1x1", "depthwise",
+                                                                            "5x5 of one channel")])  # fmt: skip
+def test_neither_threads_nor_batch_change_a_bit(threads, algorithm, case):
+    shape, weight_shape, *window = CASES[case]
+    x, weight = torch.randn(5, *shape[1:2], 20, 30), torch.randn(weight_shape)
+    for layout in LAYOUTS:
+        results = []
+        for count in (1, 2, 5):
+            threads(count)
+            leaves = [to_layout(x, layout).requires_grad_(), weight.requires_grad_()]
+            y = conv2d(*leaves, None, *window, algorithm=algorithm)
+            dy = torch.linspace(-1, 1, y.numel()).view_as(y)
+            results.append((y.detach(), *torch.autograd.grad(y, leaves, dy)))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        one = conv2d(to_layout(x[2:3], layout), weight, None, *window, algorithm=algorithm)
+        assert torch.equal(one[0], results[0][0][2])
+
+
+def test_nan_stays_where_windows_see_it(backend):
+    x, weight = torch.randn(1, 4, 9, 9, device=backend.device), torch.randn(3, 4, 3, 3, device=backend.device)
+    x[0, 1, 4, 4], x[0, 2, 0, 8] = float("nan"), float("inf")
+    for layout in LAYOUTS:
+        y = conv2d(to_layout(x, layout), weight, None, 1, 1, algorithm="im2col")
+        z = F.conv2d(to_layout(x, layout).double(), weight.double(), None, 1, 1)
+        assert torch.equal(y.isfinite(), z.isfinite())
+
+
+def test_winograd_asks_for_permission():
+    """The default precision of torch keeps exact products; "high" allows fewer digits."""
+    x, weight = torch.randn(4, 64, 28, 28), torch.randn(64, 64, 3, 3)
+    exact = F.conv2d(x.double(), weight.double(), None, 1, 1)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        assert error(conv2d(x, weight, None, 1, 1), exact) < 3e-6
+        torch.set_float32_matmul_precision("high")
+        assert error(conv2d(x, weight, None, 1, 1), exact) < 3e-5
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+ERRORS = {
+    "channels": (RuntimeError, "to have 3 channels, but got 4", lambda x, w: conv2d(x, w[:, :3])),
+    "groups": (RuntimeError, "divisible by 4", lambda x, w: conv2d(x, w[:, :1], groups=4)),
+    "no groups": (RuntimeError, "non-positive groups", lambda x, w: conv2d(x, w, groups=0)),
+    "dimensions": (RuntimeError, "Expected 3D", lambda x, w: conv2d(x[0, 0], w)),
+    "weight's dimensions": (RuntimeError, "weight must have 4", lambda x, w: conv2d(x, w[0])),
+    "window": (RuntimeError, "Kernel size can't be greater", lambda x, w: conv2d(x[..., :2], w)),
+    "dtype": (RuntimeError, "should be the same", lambda x, w: conv2d(x, w.double())),
+    "bias' dtype": (RuntimeError, "bias type", lambda x, w: conv2d(x, w, torch.zeros(6).double())),
+    "bias' shape": (RuntimeError, "1-dimensional with 6", lambda x, w: conv2d(x, w, torch.zeros(5))),
+    "stride": (RuntimeError, "non-positive stride", lambda x, w: conv2d(x, w, stride=0)),
+    "padding": (RuntimeError, "negative padding", lambda x, w: conv2d(x, w, padding=-1)),
+    "dilation": (RuntimeError, "greater than zero", lambda x, w: conv2d(x, w, dilation=0)),
+    "three strides": (RuntimeError, "list of 2 values", lambda x, w: conv2d(x, w, stride=(1, 1, 1))),
+    "stride's type": (TypeError, "stride must be an int", lambda x, w: conv2d(x, w, stride=1.5)),
+    "same with stride": (RuntimeError, "strided", lambda x, w: conv2d(x, w, stride=2, padding="same")),
+    "padding's name": (RuntimeError, "Invalid padding string", lambda x, w: conv2d(x, w, padding="full")),
+    "activation": (ValueError, "activation must be", lambda x, w: conv2d(x, w, activation="swish")),
+    "algorithm": (ValueError, "algorithm must be one of", lambda x, w: conv2d(x, w, algorithm="fft")),
+    "winograd": (ValueError, "does not compute", lambda x, w: conv2d(x, w, stride=2, algorithm="winograd")),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors(case):
+    kind, message, call = ERRORS[case]
+    x, weight = torch.randn(2, 4, 8, 8), torch.randn(6, 4, 3, 3)
+    with pytest.raises(kind, match=message) as caught:
+        call(x, weight)
+    assert str(caught.value).startswith("conv2d: ")
+    if kind is RuntimeError and case != "padding's name":  # torch refuses the same
+        with pytest.raises(RuntimeError):
+            {
+                "channels": lambda: F.conv2d(x, weight[:, :3]), "groups": lambda: F.conv2d(x, weight[:, :1], groups=4),
+                "window": lambda: F.conv2d(x[..., :2], weight), "stride": lambda: F.conv2d(x, weight, stride=0),
+                "dtype": lambda: F.conv2d(x, weight.double()),
+            }.get(case, lambda: F.conv2d(x, weight, stride=0))()  # fmt: skip
+
+
+def test_other_dtypes_are_torchs():
+    x, weight = torch.randn(1, 2, 5, 5, dtype=torch.complex64), torch.randn(3, 2, 3, 3, dtype=torch.complex64)
+    assert torch.equal(conv2d(x, weight), F.conv2d(x, weight))
+    with pytest.raises(RuntimeError):
+        conv2d(torch.ones(1, 2, 5, 5, dtype=torch.bool), torch.ones(3, 2, 3, 3, dtype=torch.bool))
+
+
+def test_a_missing_gradient_is_not_computed(backend):
+    x, weight = torch.randn(2, 4, 6, 6, device=backend.device), torch.randn(5, 4, 3, 3, device=backend.device)
+    bias = torch.randn(5, device=backend.device)
+    for wanted in itertools.product((False, True), repeat=3):
+        leaves = [t.clone().requires_grad_(w) for t, w in zip((x, weight, bias), wanted, strict=True)]
+        if not any(wanted):
+            assert not conv2d(*leaves, algorithm="im2col").requires_grad
+            continue
+        conv2d(*leaves, algorithm="im2col").square().sum().backward()
+        others = [t.clone().requires_grad_(w) for t, w in zip((x, weight, bias), wanted, strict=True)]
+        F.conv2d(*others).square().sum().backward()
+        for a, b, w in zip(leaves, others, wanted, strict=True):
+            assert (a.grad is not None) == w
+            assert not w or error(a.grad, b.grad) < 1e-5
