@@ -86,8 +86,9 @@ bool is_empty(const ConvShape& s) { return s.inputs() == 0 || s.outputs() == 0 |
 ConvAlgorithm choose(std::string_view algorithm, const ConvShape& shape, ConvPass pass, Device device) {
   const auto forced = algorithm_of(algorithm);
   if (forced) {
-    TORCH_CHECK_VALUE(computes(*forced, shape), kOp, ": algorithm ", algorithm, " does not compute this convolution");
-    return *forced;
+    TORCH_CHECK_VALUE(computes(*forced, shape, ConvPass::kForward), kOp, ": algorithm ", algorithm,
+                      " does not compute this convolution");
+    return computes(*forced, shape, pass) ? *forced : ConvAlgorithm::kIm2col;
   }
   if (device == Device::kCuda) {
 #ifdef FASTNORM_CUDA_EMULATION
@@ -102,19 +103,18 @@ ConvAlgorithm choose(std::string_view algorithm, const ConvShape& shape, ConvPas
 
 // ---- Kernels --------------------------------------------------------------------------------------------------------
 
-// Runs the CPU kernel of an algorithm: pass is forward, backward_input or backward_weight.
 #define FASTNORM_CONV2D_CASE(algorithm, name, pass)                                           \
   case ConvAlgorithm::algorithm:                                                              \
     return with_workspace(                                                                    \
         like, args, [](const auto& a) { return cpu::conv2d_##name##_##pass##_workspace(a); }, \
         [&] { cpu::conv2d_##name##_##pass(args); });
 #ifdef FASTNORM_CUDA_EMULATION
-#define FASTNORM_CONV2D_CPU(pass)
+#define FASTNORM_CONV2D_CPU(pass, direct)
 #else
-#define FASTNORM_CONV2D_CPU(pass)                  \
+#define FASTNORM_CONV2D_CPU(pass, direct)          \
   if (device == Device::kCpu) switch (algorithm) { \
       FASTNORM_CONV2D_CASE(kIm2col, im2col, pass)  \
-      default: return;                             \
+      direct default : return;                     \
     }
 #endif
 #ifdef FASTNORM_CUDA
@@ -127,15 +127,16 @@ ConvAlgorithm choose(std::string_view algorithm, const ConvShape& shape, ConvPas
 #else
 #define FASTNORM_CONV2D_CUDA(pass)
 #endif
-#define FASTNORM_CONV2D_RUN(Args, pass)                                             \
+// run(algorithm, args, a tensor on the device, device); `more`: the algorithms that not every pass has.
+#define FASTNORM_CONV2D_RUN(Args, pass, more)                                       \
   void run(ConvAlgorithm algorithm, Args args, const Tensor& like, Device device) { \
     args.threads = at::in_parallel_region() ? 1 : at::get_num_threads();            \
     FASTNORM_CONV2D_CUDA(pass)                                                      \
-    FASTNORM_CONV2D_CPU(pass)                                                       \
+    FASTNORM_CONV2D_CPU(pass, more)                                                 \
   }
-FASTNORM_CONV2D_RUN(Conv2dForward, forward)
-FASTNORM_CONV2D_RUN(Conv2dBackwardInput, backward_input)
-FASTNORM_CONV2D_RUN(Conv2dBackwardWeight, backward_weight)
+FASTNORM_CONV2D_RUN(Conv2dForward, forward, FASTNORM_CONV2D_CASE(kDirect, direct, forward))
+FASTNORM_CONV2D_RUN(Conv2dBackwardInput, backward_input, FASTNORM_CONV2D_CASE(kDirect, direct, backward_input))
+FASTNORM_CONV2D_RUN(Conv2dBackwardWeight, backward_weight, )
 
 // ---- Operators ------------------------------------------------------------------------------------------------------
 

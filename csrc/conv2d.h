@@ -10,7 +10,7 @@
 //
 // Algorithms (kernels for one of them say what they take):
 //   im2col     a matrix product with the columns (the taps' pixels) of a few outputs at a time; any convolution
-//   direct     few input channels: vectors run along the image's rows
+//   direct     few channels: vectors run along the image's rows; forward, and without strides the gradient to x
 //   depthwise  a group per channel
 //   winograd   F(4x4, 3x3): 3x3 windows with stride 1 in a quarter of the multiplications, with 10 times the error
 #pragma once
@@ -79,20 +79,21 @@ struct Conv2dBackwardWeight {
   int threads;
 };
 
-// The kernels of one algorithm, each with the size of the workspace that it needs.
-#define FASTNORM_CONV2D_CPU_KERNELS(algorithm)                                                      \
-  FASTNORM_CPU_KERNEL(size_t, conv2d_##algorithm##_forward_workspace, Conv2dForward)                \
-  FASTNORM_CPU_KERNEL(void, conv2d_##algorithm##_forward, Conv2dForward)                            \
-  FASTNORM_CPU_KERNEL(size_t, conv2d_##algorithm##_backward_input_workspace, Conv2dBackwardInput)   \
-  FASTNORM_CPU_KERNEL(void, conv2d_##algorithm##_backward_input, Conv2dBackwardInput)               \
-  FASTNORM_CPU_KERNEL(size_t, conv2d_##algorithm##_backward_weight_workspace, Conv2dBackwardWeight) \
-  FASTNORM_CPU_KERNEL(void, conv2d_##algorithm##_backward_weight, Conv2dBackwardWeight)
+// The kernels of an algorithm, each with the size of the workspace that it needs.
+#define FASTNORM_CONV2D_CPU_KERNEL(algorithm, pass, Args)                    \
+  FASTNORM_CPU_KERNEL(size_t, conv2d_##algorithm##_##pass##_workspace, Args) \
+  FASTNORM_CPU_KERNEL(void, conv2d_##algorithm##_##pass, Args)
+#define FASTNORM_CONV2D_CPU_KERNELS(algorithm)                               \
+  FASTNORM_CONV2D_CPU_KERNEL(algorithm, forward, Conv2dForward)              \
+  FASTNORM_CONV2D_CPU_KERNEL(algorithm, backward_input, Conv2dBackwardInput) \
+  FASTNORM_CONV2D_CPU_KERNEL(algorithm, backward_weight, Conv2dBackwardWeight)
 
 namespace cpu {
 FASTNORM_CONV2D_CPU_KERNELS(im2col)
 FASTNORM_CONV2D_CPU_KERNELS(winograd)
-FASTNORM_CONV2D_CPU_KERNELS(direct)
 FASTNORM_CONV2D_CPU_KERNELS(depthwise)
+FASTNORM_CONV2D_CPU_KERNEL(direct, forward, Conv2dForward)
+FASTNORM_CONV2D_CPU_KERNEL(direct, backward_input, Conv2dBackwardInput)
 }  // namespace cpu
 
 #ifdef FASTNORM_CUDA

@@ -7,11 +7,14 @@ namespace fastnorm {
 
 enum class ConvPass { kForward, kBackwardInput, kBackwardWeight };
 
-// Whether an algorithm's kernels compute this convolution at all.
-inline bool computes(ConvAlgorithm algorithm, const ConvShape& s) {
+// Whether there are kernels of an algorithm for this convolution and pass.
+inline bool computes(ConvAlgorithm algorithm, const ConvShape& s, ConvPass pass) {
   auto is_3x3 = [](const ConvAxis& a) { return a.kernel == 3 && a.stride == 1 && a.dilation == 1 && a.pad <= 2; };
   switch (algorithm) {
     case ConvAlgorithm::kWinograd: return is_3x3(s.y) && is_3x3(s.x) && s.dtype != DType::kFloat64;
+    case ConvAlgorithm::kDirect:
+      return pass == ConvPass::kForward || (pass == ConvPass::kBackwardInput && s.y.stride == 1 && s.x.stride == 1);
+    case ConvAlgorithm::kDepthwise: return s.ci == 1;
     default: return true;
   }
 }
