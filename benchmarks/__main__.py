@@ -20,6 +20,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", help="comma-separated: float32,bfloat16,…")
     parser.add_argument("--layout", default="nchw,nhwc", help="comma-separated: nchw,nhwc (channels_last)")
+    parser.add_argument("--precision", default="highest", choices=["highest", "high", "medium"],
+                        help="as torch.set_float32_matmul_precision")  # fmt: skip
     parser.add_argument("--threads", default="1", help="comma-separated, or all")
     parser.add_argument("--against", default="eager", help="comma-separated: eager,compile")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each comparison")
@@ -29,6 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.ops) - set(ops):
         parser.error(f"unknown op {', '.join(sorted(unknown))}; there are {', '.join(ops)}")
+    torch.set_float32_matmul_precision(args.precision)
     against = args.against.split(",")
     if bad := set(against) - {"eager", "compile"}:
         parser.error(f"--against takes eager and compile, got {', '.join(sorted(bad))}")

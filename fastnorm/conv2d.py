@@ -54,8 +54,8 @@ def conv2d(
         activation: None, "relu", "relu6", "leaky_relu" (slope 0.01), "elu", "sigmoid", "tanh", "silu", "gelu",
             "gelu_tanh" or "hardswish".
         algorithm: "auto" takes what measured fastest, torch's own convolution among it. "im2col" (any convolution),
-            "direct", "depthwise" and "winograd" (3x3, stride and dilation 1, padding up to 2) ask for one of fastnorm's,
-            "torch" for torch's, in the backward pass too.
+            "direct" (meant for few channels), "depthwise" (one input channel per group) and "winograd" (3x3, stride
+            and dilation 1, padding up to 2) ask for one of fastnorm's, "torch" for torch's; in the backward pass too.
 
     Returns:
         Tensor of shape (N, O, H', W') or (O, H', W') with H' = floor((H + 2 padding - dilation (kH - 1) - 1) / stride)

@@ -7,6 +7,7 @@
 //
 // Floor: n * pixels * co * ci * taps multiply-adds; a tile's steps read one vector pair and kTileRows numbers, from L1.
 #include "conv2d_im2col.h"
+#include "output.h"
 #include "parallel.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
@@ -189,6 +190,7 @@ struct Direct {
     ConvScratch shared{static_cast<char*>(p.workspace)};
     layout_shared(shared);
     pack();
+    prefer_huge_pages(p.out, p.shape.n * groups * results * y.out * x.out * sizeof(T));
     parallel(p.threads, [&](Team team) {
       A* const image = reinterpret_cast<A*>(static_cast<char*>(p.workspace) + shared_bytes + team.rank * thread_bytes);
       team.for_each(blocks.count * groups, [&](int64_t item) { run_item(item, image); });

@@ -10,6 +10,7 @@
 // kDepth numbers stay in the L1 cache for all of a block's pixels, and these in L2 for all panels.
 #include "conv2d_im2col.h"
 
+#include "output.h"
 #include "parallel.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
@@ -64,6 +65,7 @@ struct Product {
   int64_t n, groups, terms, results;  // terms, results: channels of a group that are read and made
   int64_t panels, runs, run_length;   // a run: the terms that follow each other in memory
   bool copied, merged, scattered;     // scattered: results go through a copy
+  bool streaming;
   ConvBlocks blocks;
   int64_t split;  // parts of the panels that are work items of their own
   ImageLayout in_layout, out_layout;
@@ -87,6 +89,8 @@ struct Product {
     runs = merged ? y.kernel : p.shape.taps(), run_length = merged ? x.kernel * terms : terms;
     in_layout = {groups * terms, int64_t(y.in) * x.in, p.shape.channels_last};
     out_layout = {groups * results, int64_t(y.out) * x.out, p.shape.channels_last};
+    const int64_t out_bytes = n * out_layout.channels * out_layout.pixels * int64_t(sizeof(T));
+    streaming = plain && results % kColumns == 0 && streams(p.out, kColumns * sizeof(A), out_bytes);
     const int64_t items = blocks.count * groups, wanted = 4 * p.threads;
     split = p.threads == 1 || items >= wanted ? 1 : std::min(panels, (wanted + items - 1) / items);
     ConvScratch shared{nullptr};
@@ -156,15 +160,26 @@ struct Product {
 
   // ---- Product ------------------------------------------------------------------------------------------------------
 
-  [[gnu::noinline]] void activate_sums(A* sums, int64_t count) const {
-    for (int64_t i = 0; i < count; i += V::size())
-      activate(p.activation, V::loadu(sums + i), V(A(p.slope))).store(sums + i);
-  }
+  // Where a block's results go to: a panel of them, or of the image itself.
+  struct Target {
+    A* first;
+    int64_t pitch, count;  // count: of the panel's columns
+    bool streaming;
 
-  // sums = what they start from + the products of all runs, a part of the terms after the other.
-  void multiply_panel(const Phase& f, A* sums, const A* panel, const A* start) const {
+    void put(const Phase& f, int64_t m, Pack<A> v) const {
+      A* const to = first + f.place[m] * pitch;
+      count == kColumns ? store_output<A>(to, v, Full<A>(), Zero(), streaming) : store<A>(to, v, count);
+    }
+  };
+
+  // Results = what they start from + the products of all runs, kDepth of the terms after the other, which pass through
+  // sums.
+  void multiply_panel(const Phase& f, A* sums, const A* panel, const A* start, const Target& target) const {
     const int64_t length = std::min(run_length, kDepth), together = std::max<int64_t>(1, kDepth / run_length);
-    auto add = [&](const A* from, int64_t pitch, int64_t run, int64_t end_run, int64_t term, int64_t count) {
+    auto add = [&](bool first, bool last, int64_t run, int64_t end_run, int64_t term, int64_t count) {
+      const A* const from = first ? start : sums;
+      const int64_t pitch = first ? 0 : kColumns;
+      const bool done = last && (p.activation == Activation::kNone || p.activation == Activation::kRelu);
       for (int64_t m = 0; m < f.pixels; m += kTileRows)
         with_rows(std::min<int64_t>(kTileRows, f.pixels - m), [&](auto row_count) {
           constexpr int R = row_count;
@@ -175,28 +190,26 @@ struct Product {
             for (int r = 0; r < R; r++) rows[r] = f.rows[i * f.pixels + m + r] + term;
             tile.multiply_add(rows, count, panel + (f.packed[i] + term) * kColumns);
           }
-          tile.store(sums + m * kColumns, kColumns);
+          if (!done) return tile.store(sums + m * kColumns, kColumns);
+          for (int r = 0; r < R; r++) {
+            if (p.activation == Activation::kRelu)
+              for (auto& v : tile.v[r]) v = Math<V>::relu(v);
+            target.put(f, m + r, {tile.v[r][0], tile.v[r][1]});
+          }
         });
+      if (last && !done) finish_panel(f, sums, target);
     };
-    if (f.runs == 0) return add(start, 0, 0, 0, 0, 0);
+    if (f.runs == 0) return add(true, true, 0, 0, 0, 0);
     for (int64_t run = 0; run < f.runs; run += together)
-      for (int64_t term = 0; term < run_length; term += length) {
-        const bool first = run == 0 && term == 0;
-        add(first ? start : sums, first ? 0 : kColumns, run, std::min(run + together, f.runs), term,
-            std::min(length, run_length - term));
-      }
+      for (int64_t term = 0; term < run_length; term += length)
+        add(run == 0 && term == 0, run + together >= f.runs && term + length >= run_length, run,
+            std::min(run + together, f.runs), term, std::min(length, run_length - term));
   }
 
-  // A panel's sums to where the results belong.
-  void finish_panel(const Phase& f, const Own& own, const ConvBlock& block, int64_t channel, int64_t count) const {
-    if (p.activation != Activation::kNone) activate_sums(own.sums, f.pixels * kColumns);
-    const int64_t first = block.sample * out_layout.pixels + block.row * x.out;
-    for (int64_t m = 0; m < f.pixels; m++) {
-      const Pack<A> sums = load<A>(own.sums + m * kColumns, Full<A>());
-      A* const to = scattered ? own.results + f.place[m] * kColumns
-                              : static_cast<A*>(p.out) + (first + f.place[m]) * out_layout.channels + channel;
-      scattered || count == kColumns ? store<A>(to, sums, Full<A>()) : store<A>(to, sums, count);
-    }
+  [[gnu::noinline]] void finish_panel(const Phase& f, A* sums, const Target& target) const {
+    for (int64_t i = 0; i < f.pixels * kColumns; i += V::size())
+      activate(p.activation, V::loadu(sums + i), V(A(p.slope))).store(sums + i);
+    for (int64_t m = 0; m < f.pixels; m++) target.put(f, m, load<A>(sums + m * kColumns, Full<A>()));
   }
 
   // The pixels of each phase and what their taps see.
@@ -238,10 +251,15 @@ struct Product {
     for (int64_t panel = panels * part / split; panel < panels * (part + 1) / split; panel++) {
       const int64_t packed = group * panels + panel, channel = group * results + panel * kColumns;
       const int64_t count = std::min(kColumns, results - panel * kColumns);
+      Target target{own.results, kColumns, kColumns, false};
+      if (!scattered) {
+        const int64_t first = block.sample * out_layout.pixels + block.row * x.out;
+        target = {static_cast<A*>(p.out) + first * out_layout.channels + channel, out_layout.channels, count,
+                  streaming};
+      }
       for (int i = 0; i < y.phases() * x.phases(); i++) {
         const Phase& f = own.phase[i];
-        multiply_panel(f, own.sums, weights + packed * runs * run_length * kColumns, bias + packed * kColumns);
-        finish_panel(f, own, block, channel, count);
+        multiply_panel(f, own.sums, weights + packed * runs * run_length * kColumns, bias + packed * kColumns, target);
       }
       if (!scattered) continue;
       for (int64_t s = block.sample; s < block.sample_end; s++)
@@ -255,6 +273,7 @@ struct Product {
     ConvScratch shared{static_cast<char*>(p.workspace)};
     layout_shared(shared);
     std::fill_n(zeros, terms + kColumns, A(0));
+    prefer_huge_pages(p.out, n * out_layout.channels * out_layout.pixels * sizeof(T));
     parallel(p.threads, [&](Team team) {
       team.for_each(groups * panels, [&](int64_t item) { pack_panel(item); });
       ConvScratch scratch{static_cast<char*>(p.workspace) + shared_bytes + team.rank * thread_bytes};
