@@ -244,7 +244,7 @@ struct Product {
   void run_item(int64_t item, const Own& own) const {
     const int64_t part = item % split, group = item / split % groups;
     const ConvBlock block = blocks(item / split / groups, n, y.out);
-    ConvView<T> view(y, x, in_layout, group * terms, terms, copied, p.in, zeros, own.image);
+    ConvView<T> view(y, x, in_layout, group * terms, terms, copied, p.in, zeros, own.image, terms);
     view.read(block);
     collect(own, view, block);
     const int64_t pixels = (block.row_end - block.row) * x.out;

@@ -87,10 +87,11 @@ struct ConvView {
   const T* image;
   const A* zeros;  // c of them
   A* copy;
+  int64_t pitch;  // of the copy's pixels
   int64_t row_begin = 0, column_begin, width, height = 0, first_sample = 0;
 
   ConvView(const ConvReach& y, const ConvReach& x, ImageLayout layout, int64_t c0, int64_t c, bool copied,
-           const void* image, const A* zeros, A* copy)
+           const void* image, const A* zeros, A* copy, int64_t pitch)
       : y(y),
         x(x),
         layout(layout),
@@ -100,11 +101,12 @@ struct ConvView {
         image(static_cast<const T*>(image)),
         zeros(zeros),
         copy(copy),
+        pitch(pitch),
         column_begin(x.begin(0)),
         width(x.end(x.out) - x.begin(0)) {}
 
-  static int64_t elements(const ConvReach& y, const ConvReach& x, const ConvBlocks& blocks, int64_t c) {
-    return blocks.samples * y.span(blocks.rows) * (x.end(x.out) - x.begin(0)) * c + kPanel<A>;
+  static int64_t elements(const ConvReach& y, const ConvReach& x, const ConvBlocks& blocks, int64_t pitch) {
+    return blocks.samples * y.span(blocks.rows) * (x.end(x.out) - x.begin(0)) * pitch + kPanel<A>;
   }
 
   void read(const ConvBlock& block) {
@@ -114,20 +116,20 @@ struct ConvView {
     const int64_t inside = std::clamp<int64_t>(std::min<int64_t>(x.in - column_begin, width) - left, 0, width);
     A* to = copy;
     for (int64_t n = block.sample; n < block.sample_end; n++)
-      for (int64_t row = row_begin; row < row_begin + height; row++, to += width * c) {
+      for (int64_t row = row_begin; row < row_begin + height; row++, to += width * pitch) {
         if (row < 0 || row >= y.in || inside == 0) {
-          std::fill_n(to, width * c, A(0));
+          std::fill_n(to, width * pitch, A(0));
           continue;
         }
-        std::fill_n(to, left * c, A(0));
+        std::fill_n(to, left * pitch, A(0));
         read_pixels<T>(image + n * layout.channels * layout.pixels, layout, c0, c, row * x.in + column_begin + left,
-                       inside, to + left * c, c);
-        std::fill_n(to + (left + inside) * c, (width - left - inside) * c, A(0));
+                       inside, to + left * pitch, pitch);
+        std::fill_n(to + (left + inside) * pitch, (width - left - inside) * pitch, A(0));
       }
   }
   const A* pixel(int64_t sample, int64_t row, int64_t column) const {
     if (copied)
-      return copy + (((sample - first_sample) * height + row - row_begin) * width + column - column_begin) * c;
+      return copy + (((sample - first_sample) * height + row - row_begin) * width + column - column_begin) * pitch;
     if constexpr (std::is_same_v<T, A>) {
       if (row < 0 || row >= y.in || column < 0 || column >= x.in) return zeros;
       return image + ((sample * y.in + row) * x.in + column) * layout.channels + c0;

@@ -13,8 +13,9 @@ namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t kPixels = 128;                  // of a block
+constexpr int64_t kFewChannels = 64;              // so many side by side are no trouble for the L1 cache
 constexpr int64_t kPartBytes = int64_t(4) << 20;  // of all parts' sums together, if there is more than one
-constexpr int64_t kItems = 16;                    // work items that are aimed at
+constexpr int64_t kItems = 8;  // work items that are aimed at: each but the parts' reads the images once more
 
 template <class T>
 struct WeightGradient {
@@ -29,6 +30,7 @@ struct WeightGradient {
   bool plain, copied, merged;
   int64_t runs, run_length, panels;  // a run: the columns that follow each other in memory; panels of each
   int64_t parts, slices;             // of the blocks; of dy's channels
+  int64_t x_pitch;                   // of copied pixels
   ImageLayout x_layout, dy_layout;
 
   A *sums, *bias_sums, *zeros;
@@ -36,10 +38,11 @@ struct WeightGradient {
 
   explicit WeightGradient(const Conv2dBackwardWeight& p)
       : p(p), s(p.shape), y(s.y, false), x(s.x, false), blocks(s.n, y.out, x.out, kPixels) {
-    plain = s.channels_last && std::is_same_v<T, A>;
+    plain = s.channels_last && std::is_same_v<T, A> && s.ci < kFewChannels && s.co < kFewChannels;
     // A panel reads whole vectors, so a pixel of the image itself must have as many channels.
     copied = !plain || s.ci < kColumns;
-    merged = copied && x.neighbours();
+    merged = copied && x.neighbours() && s.ci < kFewChannels;
+    x_pitch = merged ? s.ci : spread(s.ci);
     runs = merged ? y.kernel : s.taps(), run_length = merged ? x.kernel * s.ci : s.ci;
     panels = (run_length + kColumns - 1) / kColumns;
     x_layout = {s.groups * s.ci, int64_t(y.in) * x.in, s.channels_last};
@@ -53,6 +56,11 @@ struct WeightGradient {
     layout_shared(shared), shared_bytes = shared.used;
     ConvScratch own{nullptr};
     Own(*this, own), thread_bytes = own.used;
+  }
+
+  // A pitch of copied pixels for which a column of them does not fall into few sets of the L1 cache.
+  static int64_t spread(int64_t channels) {
+    return channels < kFewChannels ? channels : (channels + 31) / 32 * 32 + 16;
   }
 
   int64_t pitch() const { return runs * panels * kColumns; }  // from one channel of dy to the next
@@ -71,8 +79,8 @@ struct WeightGradient {
 
     Own(const WeightGradient& q, ConvScratch& scratch) {
       const int64_t pixels = q.blocks.samples * q.blocks.rows * q.x.out;
-      image = scratch.take<A>(q.copied ? ConvView<T>::elements(q.y, q.x, q.blocks, q.s.ci) : 0);
-      dy = scratch.take<A>(q.plain ? 0 : pixels * q.widest_slice());
+      image = scratch.take<A>(q.copied ? ConvView<T>::elements(q.y, q.x, q.blocks, q.x_pitch) : 0);
+      dy = scratch.take<A>(q.plain ? 0 : pixels * spread(q.widest_slice()));
       bias = scratch.take<A>(q.widest_slice());
       x_rows = scratch.take<const A*>(pixels * q.runs);
       dy_rows = scratch.take<const A*>(pixels);
@@ -90,20 +98,22 @@ struct WeightGradient {
 
   void add_block(const ConvBlock& block, int64_t group, int64_t slice_begin, int64_t slice_end, const Own& own, A* to,
                  A* bias_to) const {
-    ConvView<T> view(y, x, x_layout, group * s.ci, s.ci, copied, p.x, zeros, own.image);
+    ConvView<T> view(y, x, x_layout, group * s.ci, s.ci, copied, p.x, zeros, own.image, x_pitch);
     view.read(block);
-    const int64_t rows = block.row_end - block.row, per_sample = rows * x.out, width = slice_end - slice_begin;
+    const int64_t rows = block.row_end - block.row, per_sample = rows * x.out, width = slice_end - slice_begin,
+                  dy_pitch = spread(width);
     const int64_t pixels = (block.sample_end - block.sample) * per_sample, channel = group * s.co + slice_begin;
     for (int64_t n = block.sample; n < block.sample_end; n++) {
       const int64_t first = (n - block.sample) * per_sample, at = block.row * x.out;
       const T* const sample = static_cast<const T*>(p.dy) + n * dy_layout.channels * dy_layout.pixels;
-      if (!plain) read_pixels<T>(sample, dy_layout, channel, width, at, per_sample, own.dy + first * width, width);
+      if (!plain)
+        read_pixels<T>(sample, dy_layout, channel, width, at, per_sample, own.dy + first * dy_pitch, dy_pitch);
       for (int64_t i = 0; i < per_sample; i++)
         if constexpr (std::is_same_v<T, A>)
           own.dy_rows[first + i] =
-              plain ? sample + (at + i) * dy_layout.channels + channel : own.dy + (first + i) * width;
+              plain ? sample + (at + i) * dy_layout.channels + channel : own.dy + (first + i) * dy_pitch;
         else
-          own.dy_rows[first + i] = own.dy + (first + i) * width;
+          own.dy_rows[first + i] = own.dy + (first + i) * dy_pitch;
     }
     const A** x_row = own.x_rows;
     for (int64_t run = 0; run < runs; run++) {

@@ -43,20 +43,18 @@ template <class A>
 // to[j * to_pitch + i] = from[i * from_pitch + j] for i < rows, j < columns.
 template <class To, class From>
 inline void transpose(const From* from, int64_t from_pitch, To* to, int64_t to_pitch, int64_t rows, int64_t columns) {
-  auto single = [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
-    for (int64_t i = i0; i < i1; i++)
-      for (int64_t j = j0; j < j1; j++) to[j * to_pitch + i] = To(from[i * from_pitch + j]);
-  };
   if constexpr (std::is_same_v<To, From>) {
-    const int64_t r = rows / 8 * 8, c = columns / 8 * 8;
-    for (int64_t i = 0; i < r; i += 8)
-      for (int64_t j = 0; j < c; j += 8)
-        transpose_8x8(from + i * from_pitch + j, from_pitch, to + j * to_pitch + i, to_pitch);
-    single(0, r, c, columns);
-    single(r, rows, 0, columns);
-  } else {
-    single(0, rows, 0, columns);
+    if (rows >= 8 && columns >= 8) {  // what is left over is taken together with what came before it
+      for (int64_t i = 0; i < rows; i += 8)
+        for (int64_t j = 0; j < columns; j += 8) {
+          const int64_t r = std::min(i, rows - 8), c = std::min(j, columns - 8);
+          transpose_8x8(from + r * from_pitch + c, from_pitch, to + c * to_pitch + r, to_pitch);
+        }
+      return;
+    }
   }
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < columns; j++) to[j * to_pitch + i] = To(from[i * from_pitch + j]);
 }
 
 }  // namespace image
