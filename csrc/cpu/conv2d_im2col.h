@@ -136,6 +136,13 @@ struct ConvView {
     }
     return zeros;
   }
+  // ... and zeros outside of what was read.
+  const A* pixel_or_zeros(int64_t sample, int64_t row, int64_t column) const {
+    if (copied &&
+        (row < row_begin || row >= row_begin + height || column < column_begin || column >= column_begin + width))
+      return zeros;
+    return pixel(sample, row, column);
+  }
 };
 
 // Pieces of a workspace, each on a cache line of its own.

@@ -1,0 +1,254 @@
+// Winograd's convolution, and its gradient to the input, which is one with the filters turned round; conv2d_winograd.h
+// has the algorithm.
+//
+// For a block of tiles the transformed pixels are [point][tile][channel]; for each panel of result channels the 36
+// products with the transformed filters, [point][channel][panel], go to [point][tile][panel] in the L2 cache, and from
+// there through the last transform to the results.  Filters are transformed once per call, or where there would be more
+// of them than the cache holds, a panel at a time in each block, of which there are few then.
+//
+// Floor: a quarter of im2col's multiply-adds; transforms add some 100 vector operations per tile and vector of channels
+// on either side.
+#include "conv2d_winograd.h"
+
+#include "output.h"
+#include "parallel.h"
+
+namespace fastnorm::cpu::CPU_CAPABILITY {
+namespace winograd {
+namespace {
+
+constexpr int64_t kTiles = 48, kManyTiles = 192;     // of a block; where filters do not fit into the cache
+constexpr int64_t kFilterBytes = int64_t(12) << 20;  // so many do
+
+struct Problem {
+  ConvShape shape;
+  bool backward;
+  const void *in, *weight, *bias;
+  void* out;
+  Activation activation;
+  double slope;
+  void* workspace;
+  int threads;
+};
+Problem problem(const Conv2dForward& a) {
+  return {a.shape, false, a.x, a.weight, a.bias, a.y, a.activation, a.negative_slope, a.workspace, a.threads};
+}
+Problem problem(const Conv2dBackwardInput& a) {
+  return {a.shape, true, a.dy, a.weight, nullptr, a.dx, Activation::kNone, 0, a.workspace, a.threads};
+}
+
+template <class T>
+struct Product {
+  using A = Accumulate<T>;
+  using V = at::vec::Vectorized<A>;
+  static constexpr int64_t kColumns = kPanel<A>;
+
+  const Problem& p;
+  ConvReach y, x;
+  int64_t n, groups, terms, results, panels, pitch;  // pitch: of a tile's transformed pixels
+  int64_t panel_filters;                             // numbers of a panel's transformed filters
+  bool plain, on_the_fly, streaming;
+  Tiles tiles;
+  int64_t split;  // parts of the panels that are work items of their own
+  ImageLayout in_layout, out_layout;
+  A *filters, *bias, *zeros;
+  size_t shared_bytes, thread_bytes;
+
+  explicit Product(const Problem& p)
+      : p(p),
+        y(p.shape.y, p.backward),
+        x(p.shape.x, p.backward),
+        n(p.shape.n),
+        groups(p.shape.groups),
+        terms(p.backward ? p.shape.co : p.shape.ci),
+        results(p.backward ? p.shape.ci : p.shape.co),
+        panels((results + kColumns - 1) / kColumns),
+        pitch(spread(terms)),
+        panel_filters(kPoints * terms * kColumns),
+        plain(p.shape.channels_last && std::is_same_v<T, A>),
+        on_the_fly(groups * panels * panel_filters * int64_t(sizeof(A)) > kFilterBytes),
+        tiles(n, y.out, x.out, on_the_fly ? kManyTiles : kTiles),
+        in_layout{groups * terms, int64_t(y.in) * x.in, p.shape.channels_last},
+        out_layout{groups * results, int64_t(y.out) * x.out, p.shape.channels_last} {
+    streaming = plain && results % kColumns == 0 && streams(p.out, kColumns * sizeof(A), out_bytes());
+    const int64_t items = tiles.blocks.count * groups, wanted = 4 * p.threads;
+    split = p.threads == 1 || items >= wanted ? 1 : std::min(panels, (wanted + items - 1) / items);
+    ConvScratch shared{nullptr};
+    layout_shared(shared), shared_bytes = shared.used;
+    ConvScratch own{nullptr};
+    Own(*this, own), thread_bytes = own.used;
+  }
+
+  int64_t out_bytes() const { return n * out_layout.channels * out_layout.pixels * int64_t(sizeof(T)); }
+  size_t bytes() const { return shared_bytes + p.threads * thread_bytes; }
+  int64_t product_pitch() const { return (tiles.most() + 1) * kColumns; }  // from one point's products to the next
+
+  void layout_shared(ConvScratch& s) {
+    filters = s.take<A>(on_the_fly ? 0 : groups * panels * panel_filters);
+    bias = s.take<A>(groups * panels * kColumns);
+    zeros = s.take<A>(terms + kColumns);
+  }
+
+  struct Own {
+    A *image, *pixels, *products, *results, *filters;
+
+    Own(const Product& q, ConvScratch& s) {
+      const ConvBlocks blocks = q.tiles.result_blocks();
+      image = s.take<A>(q.plain ? 0 : ConvView<T>::elements(q.y, q.x, blocks, q.terms));
+      pixels = s.take<A>(kPoints * q.tiles.most() * q.pitch);
+      products = s.take<A>(kPoints * q.product_pitch());
+      results = s.take<A>(q.plain ? 0 : blocks.samples * blocks.rows * q.x.out * kColumns);
+      filters = s.take<A>(q.on_the_fly ? q.panel_filters : 0);
+    }
+  };
+
+  void transform_filters(int64_t panel, A* to) const {
+    const int64_t group = panel / panels, first = panel % panels * kColumns, ci = p.shape.ci;
+    const int64_t width = std::min(kColumns, results - first);
+    const T* const w = static_cast<const T*>(p.weight) + group * p.shape.co * ci * 9;
+    const int64_t term_step = p.backward ? ci * 9 : 9, column_step = p.backward ? 9 : ci * 9;
+    A taps[9][kColumns] = {};
+    for (int64_t k = 0; k < terms; k++) {
+      const T* const from = w + k * term_step + first * column_step;
+      for (int64_t j = 0; j < width; j++)
+        for (int tap = 0; tap < 9; tap++) taps[p.backward ? 8 - tap : tap][j] = A(from[j * column_step + tap]);
+      for (int64_t j = 0; j < kColumns; j += V::size())
+        transform<FilterTransform, V>(
+            [&](int r, int c) { return V::loadu(taps[r * 3 + c] + j); },
+            [&](int r, int c, V v) { v.store(to + ((r * kWindow + c) * terms + k) * kColumns + j); });
+    }
+  }
+  void read_bias(int64_t panel) const {
+    const int64_t group = panel / panels, first = panel % panels * kColumns;
+    for (int64_t j = 0; j < kColumns; j++)
+      bias[panel * kColumns + j] =
+          p.bias && first + j < results ? A(static_cast<const T*>(p.bias)[group * results + first + j]) : A(0);
+  }
+
+  // products[point] = pixels[point] filters[point], for every point.
+  void multiply(const Own& own, int64_t count, const A* panel) const {
+    for (int64_t point = 0; point < kPoints; point++) {
+      const A* const pixels = own.pixels + point * tiles.most() * pitch;
+      A* const to = own.products + point * product_pitch();
+      for (int64_t m = 0; m < count; m += kTileRows)
+        with_rows(std::min<int64_t>(kTileRows, count - m), [&](auto row_count) {
+          constexpr int R = row_count;
+          const A* rows[R];
+          for (int r = 0; r < R; r++) rows[r] = pixels + (m + r) * pitch;
+          Tile<A, R> tile;
+          tile.clear();
+          tile.multiply_add(rows, terms, panel + point * terms * kColumns);
+          tile.store(to + m * kColumns, kColumns);
+        });
+    }
+  }
+
+  // The results of a panel; first: where the block's begin, per_sample: of them in a sample.
+  void finish(const Own& own, int64_t block, const A* panel_bias, A* first, int64_t step, int64_t count,
+              bool stream) const {
+    const ConvBlock rows = tiles.result_rows(block);
+    const int64_t height = rows.row_end - rows.row;
+    tiles.for_each(block, [&](int64_t i, int64_t sample, int64_t row, int64_t column) {
+      alignas(64) A tile[kTile * kTile * kColumns];
+      for (int64_t j = 0; j < kColumns; j += V::size()) {
+        const A* const from = own.products + i * kColumns + j;
+        const V b = V::loadu(panel_bias + j);
+        transform<OutputTransform, V>(
+            [&](int r, int c) { return V::loadu(from + (r * kWindow + c) * product_pitch()); },
+            [&](int r, int c, V v) {
+              v = v + b;
+              if (p.activation == Activation::kRelu) v = Math<V>::relu(v);
+              v.store(tile + (r * kTile + c) * kColumns + j);
+            });
+      }
+      if (p.activation != Activation::kNone && p.activation != Activation::kRelu) activate_tile(tile);
+      A* const to = first + (((sample - rows.sample) * height + row - rows.row) * x.out + column) * step;
+      const int64_t r_end = std::min<int64_t>(kTile, y.out - row), c_end = std::min<int64_t>(kTile, x.out - column);
+      for (int64_t r = 0; r < r_end; r++)
+        for (int64_t c = 0; c < c_end; c++) {
+          const Pack<A> v = load<A>(tile + (r * kTile + c) * kColumns, Full<A>());
+          A* const at = to + (r * x.out + c) * step;
+          count == kColumns ? store_output<A>(at, v, Full<A>(), Zero(), stream) : store<A>(at, v, count);
+        }
+    });
+  }
+  [[gnu::noinline]] void activate_tile(A* tile) const {
+    for (int64_t i = 0; i < kTile * kTile * kColumns; i += V::size())
+      activate(p.activation, V::loadu(tile + i), V(A(p.slope))).store(tile + i);
+  }
+
+  void run_item(int64_t item, const Own& own) const {
+    const int64_t part = item % split, group = item / split % groups, block = item / split / groups;
+    const ConvBlock rows = tiles.result_rows(block);
+    ConvView<T> view(y, x, in_layout, group * terms, terms, !plain, p.in, zeros, own.image, terms);
+    view.read(rows);
+    transform_input(tiles, block, view, own.pixels, pitch);
+    const int64_t count = tiles.for_each(block, [](auto...) {}), per_sample = (rows.row_end - rows.row) * x.out;
+    for (int64_t i = panels * part / split; i < panels * (part + 1) / split; i++) {
+      const int64_t panel = group * panels + i, channel = group * results + i * kColumns;
+      const int64_t columns = std::min(kColumns, results - i * kColumns);
+      if (on_the_fly) transform_filters(panel, own.filters);
+      multiply(own, count, on_the_fly ? own.filters : filters + panel * panel_filters);
+      const A* const panel_bias = bias + panel * kColumns;
+      if (plain) {
+        A* const first =
+            static_cast<A*>(p.out) + (rows.sample * out_layout.pixels + rows.row * x.out) * out_layout.channels;
+        finish(own, block, panel_bias, first + channel, out_layout.channels, columns, streaming);
+        continue;
+      }
+      finish(own, block, panel_bias, own.results, kColumns, kColumns, false);
+      for (int64_t s = rows.sample; s < rows.sample_end; s++)
+        write_pixels<T>(own.results + (s - rows.sample) * per_sample * kColumns, kColumns,
+                        static_cast<T*>(p.out) + s * out_layout.channels * out_layout.pixels, out_layout, channel,
+                        columns, rows.row * x.out, per_sample);
+    }
+  }
+
+  void run() {
+    ConvScratch shared{static_cast<char*>(p.workspace)};
+    layout_shared(shared);
+    std::fill_n(zeros, terms + kColumns, A(0));
+    prefer_huge_pages(p.out, out_bytes());
+    parallel(p.threads, [&](Team team) {
+      team.for_each(groups * panels, [&](int64_t panel) {
+        read_bias(panel);
+        if (!on_the_fly) transform_filters(panel, filters + panel * panel_filters);
+      });
+      ConvScratch scratch{static_cast<char*>(p.workspace) + shared_bytes + team.rank * thread_bytes};
+      const Own own(*this, scratch);
+      team.for_each(tiles.blocks.count * groups * split, [&](int64_t item) { run_item(item, own); });
+    });
+  }
+};
+
+template <class F>
+void with_product(const Problem& p, F f) {
+  switch (p.shape.dtype) {
+    case DType::kFloat16: return f(Product<c10::Half>(p));
+    case DType::kBFloat16: return f(Product<c10::BFloat16>(p));
+    default: return f(Product<float>(p));
+  }
+}
+
+template <class Args>
+size_t workspace_bytes(const Args& a) {
+  size_t bytes = 0;
+  const Problem p = problem(a);
+  with_product(p, [&](const auto& product) { bytes = product.bytes(); });
+  return bytes;
+}
+template <class Args>
+void convolve(const Args& a) {
+  const Problem p = problem(a);
+  with_product(p, [](auto product) { product.run(); });
+}
+
+}  // namespace
+}  // namespace winograd
+
+size_t conv2d_winograd_forward_workspace(const Conv2dForward& a) { return winograd::workspace_bytes(a); }
+void conv2d_winograd_forward(const Conv2dForward& a) { winograd::convolve(a); }
+size_t conv2d_winograd_backward_input_workspace(const Conv2dBackwardInput& a) { return winograd::workspace_bytes(a); }
+void conv2d_winograd_backward_input(const Conv2dBackwardInput& a) { winograd::convolve(a); }
+
+}  // namespace fastnorm::cpu::CPU_CAPABILITY

@@ -1,0 +1,159 @@
+// Winograd's F(4x4, 3x3) (Lavin and Gray, 2016): 4x4 results of a 3x3 window from 6x6 numbers with 36 multiplications,
+// not 144, and what its kernels share.
+//
+//   y = A^T [ (G g G^T) * (B^T d B) ] A,   dg = G^T [ sum over tiles of (B^T d B) * (A dy A^T) ] G
+//
+// with the points 0, 1, -1, 2, -2 and infinity; * element by element.  With N(0, 1) inputs the largest error is 0.5 to
+// 2e-5 of the largest result, that of plain sums 0.3 to 3e-6.
+#pragma once
+#include "conv2d_im2col.h"
+
+namespace fastnorm::cpu::CPU_CAPABILITY::winograd {
+
+constexpr int kTile = 4, kWindow = 6, kPoints = kWindow * kWindow;
+
+// ---- Transforms along one direction ---------------------------------------------------------------------------------
+
+template <class V, class A>
+inline V times(A a, V x, V y) {  // a x + y
+  return at::vec::fmadd(V(a), x, y);
+}
+
+struct InputTransform {  // B^T
+  static constexpr int kIn = 6, kOut = 6;
+  template <class V, class A = typename V::value_type>
+  static void apply(const V (&d)[6], V (&t)[6]) {
+    const V a = times(A(-4), d[2], d[4]), b = times(A(-4), d[1], d[3]), c = d[4] - d[2], e = (d[3] - d[1]) * V(A(2));
+    t[0] = times(A(4), d[0], times(A(-5), d[2], d[4]));
+    t[1] = a + b, t[2] = a - b, t[3] = c + e, t[4] = c - e;
+    t[5] = times(A(4), d[1], times(A(-5), d[3], d[5]));
+  }
+};
+
+struct OutputTransform {  // A^T
+  static constexpr int kIn = 6, kOut = 4;
+  template <class V, class A = typename V::value_type>
+  static void apply(const V (&m)[6], V (&y)[4]) {
+    const V a = m[1] + m[2], b = m[1] - m[2], c = m[3] + m[4], d = m[3] - m[4];
+    y[0] = m[0] + a + c, y[1] = times(A(2), d, b), y[2] = times(A(4), c, a), y[3] = times(A(8), d, b) + m[5];
+  }
+};
+
+struct FilterTransform {  // G
+  static constexpr int kIn = 3, kOut = 6;
+  template <class V, class A = typename V::value_type>
+  static void apply(const V (&g)[3], V (&u)[6]) {
+    const V sixth(A(1) / 6), s = (g[0] + g[2]) * sixth, m = g[1] * sixth;
+    const V a = times(A(1) / 24, g[0], g[2] * sixth), b = g[1] * V(A(1) / 12);
+    u[0] = g[0] * V(A(0.25)), u[1] = V(A(0)) - s - m, u[2] = m - s, u[3] = a + b, u[4] = a - b, u[5] = g[2];
+  }
+};
+
+struct GradientTransform {  // A
+  static constexpr int kIn = 4, kOut = 6;
+  template <class V, class A = typename V::value_type>
+  static void apply(const V (&y)[4], V (&w)[6]) {
+    const V a = y[0] + y[2], b = y[1] + y[3], c = times(A(4), y[2], y[0]), d = times(A(8), y[3], y[1] * V(A(2)));
+    w[0] = y[0], w[1] = a + b, w[2] = a - b, w[3] = c + d, w[4] = c - d, w[5] = y[3];
+  }
+};
+
+struct FilterGradientTransform {  // G^T
+  static constexpr int kIn = 6, kOut = 3;
+  template <class V, class A = typename V::value_type>
+  static void apply(const V (&u)[6], V (&g)[3]) {
+    const V sixth(A(1) / 6), s = (u[1] + u[2]) * sixth, t = u[3] + u[4];
+    g[0] = times(A(0.25), u[0], times(A(1) / 24, t, V(A(0)) - s));
+    g[1] = times(A(1) / 12, u[3] - u[4], (u[2] - u[1]) * sixth);
+    g[2] = times(A(1) / 6, t, u[5] - s);
+  }
+};
+
+// Both directions: load(row, column) gives the kIn x kIn vectors, store(row, column, v) takes kOut x kOut.
+template <class Transform, class V, class Load, class Store>
+[[gnu::always_inline]] inline void transform(Load load, Store store) {
+  constexpr int kIn = Transform::kIn, kOut = Transform::kOut;
+  V half[kOut][kIn];
+#pragma GCC unroll 6
+  for (int column = 0; column < kIn; column++) {
+    V in[kIn], out[kOut];
+#pragma GCC unroll 6
+    for (int row = 0; row < kIn; row++) in[row] = load(row, column);
+    Transform::apply(in, out);
+#pragma GCC unroll 6
+    for (int row = 0; row < kOut; row++) half[row][column] = out[row];
+  }
+#pragma GCC unroll 6
+  for (int row = 0; row < kOut; row++) {
+    V out[kOut];
+    Transform::apply(half[row], out);
+#pragma GCC unroll 6
+    for (int column = 0; column < kOut; column++) store(row, column, out[column]);
+  }
+}
+
+// ---- Tiles ----------------------------------------------------------------------------------------------------------
+
+// The tiles of results that are worked on together: whole rows of tiles of one sample, or all of some samples.
+struct Tiles {
+  int64_t n, height, width;  // of the results
+  int64_t rows, columns;     // of tiles
+  ConvBlocks blocks;
+
+  Tiles(int64_t n, int64_t height, int64_t width, int64_t together)
+      : n(n),
+        height(height),
+        width(width),
+        rows((height + kTile - 1) / kTile),
+        columns((width + kTile - 1) / kTile),
+        blocks(n, rows, columns, together) {}
+
+  int64_t most() const { return blocks.samples * blocks.rows * columns; }  // tiles of a block
+  ConvBlock tile_rows(int64_t block) const { return blocks(block, n, rows); }
+  // The same in rows of results.
+  ConvBlock result_rows(int64_t block) const {
+    const ConvBlock b = tile_rows(block);
+    return {b.sample, b.sample_end, b.row * kTile, std::min(b.row_end * kTile, height)};
+  }
+  ConvBlocks result_blocks() const {
+    ConvBlocks b = blocks;
+    b.rows = std::min(b.rows * kTile, height);
+    return b;
+  }
+  // f(index in the block, sample, first row, first column) for every tile; returns how many.
+  template <class F>
+  int64_t for_each(int64_t block, F f) const {
+    const ConvBlock b = tile_rows(block);
+    int64_t i = 0;
+    for (int64_t sample = b.sample; sample < b.sample_end; sample++)
+      for (int64_t row = b.row; row < b.row_end; row++)
+        for (int64_t column = 0; column < columns; column++) f(i++, sample, row * kTile, column * kTile);
+    return i;
+  }
+};
+
+// A distance between neighbours in [point][tile][channel] for which these do not meet in few sets of the L1 cache.
+inline int64_t spread(int64_t channels) { return (channels + 31) / 32 * 32 + 16; }
+
+// to[point][tile][channel] = the transformed 6x6 pixels that each tile's results see.
+template <class T, class A = Accumulate<T>>
+void transform_input(const Tiles& tiles, int64_t block, const ConvView<T>& view, A* to, int64_t pitch) {
+  using V = at::vec::Vectorized<A>;
+  const int64_t point = tiles.most() * pitch;
+  tiles.for_each(block, [&](int64_t i, int64_t sample, int64_t row, int64_t column) {
+    const A* pixel[kWindow][kWindow];
+    for (int r = 0; r < kWindow; r++)
+      for (int c = 0; c < kWindow; c++)
+        pixel[r][c] = view.pixel_or_zeros(sample, view.y.begin(row) + r, view.x.begin(column) + c);
+    A* const first = to + i * pitch;
+    auto run = [&](int64_t k, auto read) {
+      transform<InputTransform, V>([&](int r, int c) { return read(pixel[r][c] + k); },
+                                   [&](int r, int c, V v) { v.store(first + (r * kWindow + c) * point + k); });
+    };
+    int64_t k = 0;
+    for (; k + V::size() <= view.c; k += V::size()) run(k, [](const A* p) { return V::loadu(p); });
+    if (k < view.c) run(k, [&](const A* p) { return V::loadu(p, view.c - k); });
+  });
+}
+
+}  // namespace fastnorm::cpu::CPU_CAPABILITY::winograd
