@@ -109,34 +109,44 @@ ConvAlgorithm choose(std::string_view algorithm, const ConvShape& shape, ConvPas
         like, args, [](const auto& a) { return cpu::conv2d_##name##_##pass##_workspace(a); }, \
         [&] { cpu::conv2d_##name##_##pass(args); });
 #ifdef FASTNORM_CUDA_EMULATION
-#define FASTNORM_CONV2D_CPU(pass, direct)
+#define FASTNORM_CONV2D_CPU(...)
 #else
-#define FASTNORM_CONV2D_CPU(pass, direct)          \
-  if (device == Device::kCpu) switch (algorithm) { \
-      FASTNORM_CONV2D_CASE(kIm2col, im2col, pass)  \
-      direct default : return;                     \
+#define FASTNORM_CONV2D_CPU(...)                                                                    \
+  if (device == Device::kCpu) switch (algorithm) {                                                  \
+      __VA_ARGS__                                                                                   \
+      default: TORCH_INTERNAL_ASSERT(false, "no kernel for ", kConvAlgorithmNames[int(algorithm)]); \
     }
 #endif
 #ifdef FASTNORM_CUDA
-#define FASTNORM_CONV2D_CUDA(pass)                                                     \
-  if (device == Device::kCuda) {                                                       \
-    const CudaScope scope(like);                                                       \
-    with_workspace(like, args, cuda::conv2d_##pass##_workspace,                        \
-                   [&] { check_cuda(cuda::conv2d_##pass(args, scope.stream), kOp); }); \
+#define FASTNORM_CONV2D_CUDA(pass)                                                            \
+  if (device == Device::kCuda) {                                                              \
+    const CudaScope scope(like);                                                              \
+    return with_workspace(like, args, cuda::conv2d_##pass##_workspace,                        \
+                          [&] { check_cuda(cuda::conv2d_##pass(args, scope.stream), kOp); }); \
   }
 #else
 #define FASTNORM_CONV2D_CUDA(pass)
 #endif
-// run(algorithm, args, a tensor on the device, device); `more`: the algorithms that not every pass has.
-#define FASTNORM_CONV2D_RUN(Args, pass, more)                                       \
+// run(algorithm, args, a tensor on the device, device) of a pass, with the cases of its CPU kernels.
+#define FASTNORM_CONV2D_RUN(Args, pass, ...)                                        \
   void run(ConvAlgorithm algorithm, Args args, const Tensor& like, Device device) { \
     args.threads = at::in_parallel_region() ? 1 : at::get_num_threads();            \
     FASTNORM_CONV2D_CUDA(pass)                                                      \
-    FASTNORM_CONV2D_CPU(pass, more)                                                 \
+    FASTNORM_CONV2D_CPU(__VA_ARGS__)                                                \
   }
-FASTNORM_CONV2D_RUN(Conv2dForward, forward, FASTNORM_CONV2D_CASE(kDirect, direct, forward))
-FASTNORM_CONV2D_RUN(Conv2dBackwardInput, backward_input, FASTNORM_CONV2D_CASE(kDirect, direct, backward_input))
-FASTNORM_CONV2D_RUN(Conv2dBackwardWeight, backward_weight, )
+// clang-format off
+FASTNORM_CONV2D_RUN(Conv2dForward, forward,
+                    FASTNORM_CONV2D_CASE(kIm2col, im2col, forward)
+                    FASTNORM_CONV2D_CASE(kDirect, direct, forward)
+                    FASTNORM_CONV2D_CASE(kWinograd, winograd, forward))
+FASTNORM_CONV2D_RUN(Conv2dBackwardInput, backward_input,
+                    FASTNORM_CONV2D_CASE(kIm2col, im2col, backward_input)
+                    FASTNORM_CONV2D_CASE(kDirect, direct, backward_input)
+                    FASTNORM_CONV2D_CASE(kWinograd, winograd, backward_input))
+FASTNORM_CONV2D_RUN(Conv2dBackwardWeight, backward_weight,
+                    FASTNORM_CONV2D_CASE(kIm2col, im2col, backward_weight)
+                    FASTNORM_CONV2D_CASE(kWinograd, winograd, backward_weight))
+// clang-format on
 
 // ---- Operators ------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kPixels = 128;                  // of a block
 constexpr int64_t kFewChannels = 64;              // so many side by side are no trouble for the L1 cache
 constexpr int64_t kPartBytes = int64_t(4) << 20;  // of all parts' sums together, if there is more than one
-constexpr int64_t kItems = 8;  // work items that are aimed at: each but the parts' reads the images once more
+constexpr int64_t kParts = 8;
 
 template <class T>
 struct WeightGradient {
@@ -48,9 +48,10 @@ struct WeightGradient {
     x_layout = {s.groups * s.ci, int64_t(y.in) * x.in, s.channels_last};
     dy_layout = {s.groups * s.co, int64_t(y.out) * x.out, s.channels_last};
     const int64_t part_bytes = sums_of_part() * int64_t(sizeof(A));
-    parts = std::clamp<int64_t>(kPartBytes / std::max<int64_t>(part_bytes, 1), 1, kItems);
+    parts = std::clamp<int64_t>(kPartBytes / std::max<int64_t>(part_bytes, 1), 1, kParts);
     parts = std::max<int64_t>(1, std::min(parts, blocks.count / 4));
-    const int64_t wanted = (kItems + parts * s.groups - 1) / (parts * s.groups);
+    // Slices do not change any sum, so they may depend on the threads; each of them reads the images once more.
+    const int64_t wanted = p.threads == 1 ? 1 : (2 * p.threads + parts * s.groups - 1) / (parts * s.groups);
     slices = std::max<int64_t>(1, std::min(wanted, s.co / (4 * kTileRows)));
     ConvScratch shared{nullptr};
     layout_shared(shared), shared_bytes = shared.used;

@@ -1,0 +1,220 @@
+// The gradient of a convolution to its weights and bias by Winograd's algorithm; conv2d_winograd.h has it.
+//
+// For a block of tiles the transformed pixels of x and of dy are [point][tile][channel], and 36 products over the tiles
+// add up in [point][co][ci], which the last transform makes a gradient of 3x3 taps.  The order of sums depends on the
+// shape alone: blocks go to a fixed number of parts with sums of their own, which are added up in order.
+//
+// Floor: a quarter of im2col's multiply-adds; the sums move from and to memory once per block, so blocks are larger the
+// more channels there are.
+#include "conv2d_winograd.h"
+#include "parallel.h"
+
+namespace fastnorm::cpu::CPU_CAPABILITY {
+namespace winograd {
+namespace {
+
+constexpr int64_t kPartBytes = int64_t(4) << 20;  // of all parts' sums together, if there is more than one
+constexpr int64_t kParts = 8;
+
+template <class T>
+struct WeightGradient {
+  using A = Accumulate<T>;
+  using V = at::vec::Vectorized<A>;
+  static constexpr int64_t kColumns = kPanel<A>;
+
+  const Conv2dBackwardWeight& p;
+  const ConvShape& s;
+  ConvReach y, x;
+  int64_t panels, pitch;  // of x's channels; of a tile's transformed pixels of x
+  bool plain;
+  Tiles tiles;
+  int64_t parts, slices;  // of the blocks; of dy's channels
+  ImageLayout x_layout, dy_layout;
+  A *sums, *bias_sums, *zeros;
+  size_t shared_bytes, thread_bytes;
+
+  explicit WeightGradient(const Conv2dBackwardWeight& p)
+      : p(p),
+        s(p.shape),
+        y(s.y, false),
+        x(s.x, false),
+        panels((s.ci + kColumns - 1) / kColumns),
+        pitch(spread(panels * kColumns)),
+        plain(s.channels_last && std::is_same_v<T, A>),
+        tiles(s.n, y.out, x.out, std::clamp<int64_t>(s.ci * s.co / 512, 48, 192)),
+        x_layout{s.groups * s.ci, int64_t(y.in) * x.in, s.channels_last},
+        dy_layout{s.groups * s.co, int64_t(y.out) * x.out, s.channels_last} {
+    const int64_t part_bytes = sums_of_part() * int64_t(sizeof(A));
+    parts = std::clamp<int64_t>(kPartBytes / std::max<int64_t>(part_bytes, 1), 1, kParts);
+    parts = std::max<int64_t>(1, std::min(parts, tiles.blocks.count / 4));
+    // Slices do not change any sum, so they may depend on the threads; each of them transforms the images' tiles once
+    // more.
+    const int64_t wanted = p.threads == 1 ? 1 : (2 * p.threads + parts * s.groups - 1) / (parts * s.groups);
+    slices = std::max<int64_t>(1, std::min(wanted, s.co / (4 * kTileRows)));
+    ConvScratch shared{nullptr};
+    layout_shared(shared), shared_bytes = shared.used;
+    ConvScratch own{nullptr};
+    Own(*this, own), thread_bytes = own.used;
+  }
+
+  int64_t row() const { return panels * kColumns; }  // of sums: one channel of dy at one point
+  int64_t point() const { return s.co * row(); }
+  int64_t sums_of_part() const { return s.groups * kPoints * point(); }
+  int64_t slice(int64_t i) const { return s.co * i / slices; }
+  int64_t dy_pitch() const { return spread((s.co + slices - 1) / slices); }
+  size_t bytes() const { return shared_bytes + p.threads * thread_bytes; }
+
+  void layout_shared(ConvScratch& scratch) {
+    sums = scratch.take<A>(parts * sums_of_part());
+    bias_sums = scratch.take<A>(parts * s.groups * s.co);
+    zeros = scratch.take<A>(std::max(s.ci, s.co) + kColumns);
+  }
+
+  struct Own {
+    A *image, *dy, *pixels, *gradients, *bias;
+
+    Own(const WeightGradient& q, ConvScratch& scratch) {
+      const ConvBlocks blocks = q.tiles.result_blocks();
+      image = scratch.take<A>(q.plain ? 0 : ConvView<T>::elements(q.y, q.x, blocks, q.s.ci));
+      dy = scratch.take<A>(q.plain ? 0 : blocks.samples * blocks.rows * q.x.out * q.dy_pitch());
+      pixels = scratch.take<A>(kPoints * q.tiles.most() * q.pitch);
+      gradients = scratch.take<A>(kPoints * q.tiles.most() * q.dy_pitch());
+      bias = scratch.take<A>(q.dy_pitch());
+    }
+  };
+
+  // gradients[point][tile][channel] from `width` channels of dy; adds their sums up.
+  void transform_dy(int64_t block, int64_t channel, int64_t width, const Own& own) const {
+    const ConvBlock rows = tiles.result_rows(block);
+    const int64_t per_sample = (rows.row_end - rows.row) * x.out, at = rows.row * x.out;
+    const T* const first = static_cast<const T*>(p.dy);
+    if (!plain)
+      for (int64_t n = rows.sample; n < rows.sample_end; n++)
+        read_pixels<T>(first + n * dy_layout.channels * dy_layout.pixels, dy_layout, channel, width, at, per_sample,
+                       own.dy + (n - rows.sample) * per_sample * dy_pitch(), dy_pitch());
+    const int64_t step = tiles.most() * dy_pitch();
+    std::fill_n(own.bias, dy_pitch(), A(0));
+    tiles.for_each(block, [&](int64_t i, int64_t n, int64_t row, int64_t column) {
+      const A* pixel[kTile][kTile];
+      for (int64_t r = 0; r < kTile; r++)
+        for (int64_t c = 0; c < kTile; c++) {
+          pixel[r][c] = zeros;
+          if (row + r >= y.out || column + c >= x.out) continue;
+          const int64_t in_rows = (row + r - rows.row) * x.out + column + c;
+          pixel[r][c] = own.dy + ((n - rows.sample) * per_sample + in_rows) * dy_pitch();
+          if constexpr (std::is_same_v<T, A>)
+            if (plain) pixel[r][c] = first + (n * dy_layout.pixels + at + in_rows) * dy_layout.channels + channel;
+        }
+      A* const to = own.gradients + i * dy_pitch();
+      auto run = [&](int64_t k, auto read) {
+        V sum(A(0));
+        transform<GradientTransform, V>(
+            [&](int r, int c) {
+              const V v = read(pixel[r][c] + k);
+              sum = sum + v;
+              return v;
+            },
+            [&](int r, int c, V v) { v.store(to + (r * kWindow + c) * step + k); });
+        (V::loadu(own.bias + k) + sum).store(own.bias + k);
+      };
+      int64_t k = 0;
+      for (; k + V::size() <= width; k += V::size()) run(k, [](const A* q) { return V::loadu(q); });
+      if (k < width) run(k, [&](const A* q) { return V::loadu(q, width - k); });
+    });
+  }
+
+  void add_block(int64_t block, bool first, int64_t group, int64_t begin, int64_t end, const Own& own, A* to) const {
+    ConvView<T> view(y, x, x_layout, group * s.ci, s.ci, !plain, p.x, zeros, own.image, s.ci);
+    view.read(tiles.result_rows(block));
+    transform_input(tiles, block, view, own.pixels, pitch);
+    transform_dy(block, group * s.co + begin, end - begin, own);
+    const int64_t count = tiles.for_each(block, [](auto...) {});
+    for (int64_t i = 0; i < kPoints; i++) {
+      const A* const pixels = own.pixels + i * tiles.most() * pitch;
+      const A* const gradients = own.gradients + i * tiles.most() * dy_pitch();
+      for (int64_t j = 0; j < row(); j += kColumns)
+        for (int64_t o = begin; o < end; o += kTileRows)
+          with_rows(std::min<int64_t>(kTileRows, end - o), [&](auto row_count) {
+            constexpr int R = row_count;
+            A* const at = to + i * point() + o * row() + j;
+            Tile<A, R> tile;
+            first ? tile.clear() : tile.load(at, row());
+            tile.outer_add(
+                count, [&](int64_t k) { return gradients + k * dy_pitch() + o - begin; },
+                [&](int64_t k) { return pixels + k * pitch + j; });
+            tile.store(at, row());
+          });
+    }
+  }
+
+  void run_item(int64_t item, const Own& own) const {
+    const int64_t i = item % slices, group = item / slices % s.groups, part = item / slices / s.groups;
+    A* const to = sums + (part * s.groups + group) * kPoints * point();
+    A* const bias_to = bias_sums + (part * s.groups + group) * s.co;
+    const int64_t first = tiles.blocks.count * part / parts;
+    std::fill(bias_to + slice(i), bias_to + slice(i + 1), A(0));
+    for (int64_t b = first; b < tiles.blocks.count * (part + 1) / parts; b++) {
+      add_block(b, b == first, group, slice(i), slice(i + 1), own, to);
+      for (int64_t o = slice(i); o < slice(i + 1); o++) bias_to[o] += own.bias[o - slice(i)];
+    }
+  }
+
+  // One channel of dy, all parts.
+  void finish(int64_t channel) const {
+    const int64_t group = channel / s.co, o = channel % s.co;
+    A* const first = sums + group * kPoints * point() + o * row();
+    T* const to = static_cast<T*>(p.dweight) + channel * s.ci * 9;
+    for (int64_t part = 1; part < parts; part++) {
+      for (int64_t i = 0; i < kPoints; i++)
+        for (int64_t j = 0; j < row(); j += kColumns) {
+          A* const at = first + i * point() + j;
+          store<A>(at, load<A>(at, Full<A>()) + load<A>(at + part * sums_of_part(), Full<A>()), Full<A>());
+        }
+      bias_sums[channel] += bias_sums[part * s.groups * s.co + channel];
+    }
+    for (int64_t j = 0; j < s.ci; j += V::size()) {
+      A taps[9][V::size()];
+      transform<FilterGradientTransform, V>(
+          [&](int r, int c) { return V::loadu(first + (r * kWindow + c) * point() + j); },
+          [&](int r, int c, V v) { v.store(taps[r * 3 + c]); });
+      for (int64_t k = j; k < std::min<int64_t>(j + V::size(), s.ci); k++)
+        for (int tap = 0; tap < 9; tap++) to[k * 9 + tap] = T(taps[tap][k - j]);
+    }
+    if (p.dbias) static_cast<T*>(p.dbias)[channel] = T(bias_sums[channel]);
+  }
+
+  void run() {
+    ConvScratch shared{static_cast<char*>(p.workspace)};
+    layout_shared(shared);
+    std::fill_n(zeros, std::max(s.ci, s.co) + kColumns, A(0));
+    parallel(p.threads, [&](Team team) {
+      ConvScratch scratch{static_cast<char*>(p.workspace) + shared_bytes + team.rank * thread_bytes};
+      const Own own(*this, scratch);
+      team.for_each(parts * slices * s.groups, [&](int64_t item) { run_item(item, own); });
+      team.for_each(s.groups * s.co, [&](int64_t channel) { finish(channel); });
+    });
+  }
+};
+
+template <class F>
+void with_gradient(const Conv2dBackwardWeight& a, F f) {
+  switch (a.shape.dtype) {
+    case DType::kFloat16: return f(WeightGradient<c10::Half>(a));
+    case DType::kBFloat16: return f(WeightGradient<c10::BFloat16>(a));
+    default: return f(WeightGradient<float>(a));
+  }
+}
+
+}  // namespace
+}  // namespace winograd
+
+size_t conv2d_winograd_backward_weight_workspace(const Conv2dBackwardWeight& a) {
+  size_t bytes = 0;
+  winograd::with_gradient(a, [&](const auto& gradient) { bytes = gradient.bytes(); });
+  return bytes;
+}
+void conv2d_winograd_backward_weight(const Conv2dBackwardWeight& a) {
+  winograd::with_gradient(a, [](auto gradient) { gradient.run(); });
+}
+
+}  // namespace fastnorm::cpu::CPU_CAPABILITY
