@@ -7,6 +7,7 @@
 //
 // Floor: n * pixels * co * ci * taps multiply-adds; a tile's steps read one vector pair and kTileRows numbers, from L1.
 #include "conv2d_im2col.h"
+#include "conv2d_problem.h"
 #include "output.h"
 #include "parallel.h"
 
@@ -15,31 +16,13 @@ namespace {
 
 constexpr int64_t kPixels = 512;  // of a block: a few rows, whose windows share what they read
 
-// A forward convolution, or a gradient to the input without strides, as the same product.
-struct Problem {
-  ConvShape shape;
-  bool backward;
-  const void *in, *weight, *bias;
-  void* out;
-  Activation activation;
-  double slope;
-  void* workspace;
-  int threads;
-};
-Problem problem(const Conv2dForward& a) {
-  return {a.shape, false, a.x, a.weight, a.bias, a.y, a.activation, a.negative_slope, a.workspace, a.threads};
-}
-Problem problem(const Conv2dBackwardInput& a) {
-  return {a.shape, true, a.dy, a.weight, nullptr, a.dx, Activation::kNone, 0, a.workspace, a.threads};
-}
-
 template <class T>
 struct Direct {
   using A = Accumulate<T>;
   using V = at::vec::Vectorized<A>;
   static constexpr int64_t kColumns = kPanel<A>;
 
-  const Problem& p;
+  const ConvProblem& p;
   ConvReach y, x;
   int64_t groups, terms, results, row_tiles, depth;  // depth: terms of a sum
   int64_t step;                                      // between the pixels that neighbouring results see
@@ -49,7 +32,7 @@ struct Direct {
   int64_t* offset;  // of each term in the copy, from the first row and pixel that a result sees
   size_t shared_bytes, thread_bytes;
 
-  explicit Direct(const Problem& p)
+  explicit Direct(const ConvProblem& p)
       : p(p),
         y(p.shape.y, p.backward),
         x(p.shape.x, p.backward),
@@ -201,13 +184,13 @@ struct Direct {
 template <class Args>
 size_t workspace_bytes(const Args& a) {
   size_t bytes = 0;
-  const Problem p = problem(a);
+  const ConvProblem p = problem(a);
   with_type(a.shape.dtype, [&](auto zero) { bytes = Direct<decltype(zero)>(p).bytes(); });
   return bytes;
 }
 template <class Args>
 void convolve(const Args& a) {
-  const Problem p = problem(a);
+  const ConvProblem p = problem(a);
   with_type(a.shape.dtype, [&](auto zero) { Direct<decltype(zero)>(p).run_all(); });
 }
 

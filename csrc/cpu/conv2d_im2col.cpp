@@ -10,6 +10,7 @@
 // kDepth numbers stay in the L1 cache for all of a block's pixels, and these in L2 for all panels.
 #include "conv2d_im2col.h"
 
+#include "conv2d_problem.h"
 #include "output.h"
 #include "parallel.h"
 
@@ -19,48 +20,13 @@ namespace {
 constexpr int64_t kPixels = 192;  // of a block
 constexpr int64_t kDepth = 256;   // terms of the sum between two visits of a tile to memory
 
-// A forward convolution or a gradient to the input as the same product.
-struct Problem {
-  ConvShape shape;
-  bool backward;
-  const void *in, *weight, *bias;
-  void* out;
-  Activation activation;
-  double slope;
-  void* workspace;
-  int threads;
-
-  explicit Problem(const Conv2dForward& a)
-      : shape(a.shape),
-        backward(false),
-        in(a.x),
-        weight(a.weight),
-        bias(a.bias),
-        out(a.y),
-        activation(a.activation),
-        slope(a.negative_slope),
-        workspace(a.workspace),
-        threads(a.threads) {}
-  explicit Problem(const Conv2dBackwardInput& a)
-      : shape(a.shape),
-        backward(true),
-        in(a.dy),
-        weight(a.weight),
-        bias(nullptr),
-        out(a.dx),
-        activation(Activation::kNone),
-        slope(0),
-        workspace(a.workspace),
-        threads(a.threads) {}
-};
-
 template <class T>
 struct Product {
   using A = Accumulate<T>;
   using V = at::vec::Vectorized<A>;
   static constexpr int64_t kColumns = kPanel<A>;
 
-  const Problem& p;
+  const ConvProblem& p;
   ConvReach y, x;
   int64_t n, groups, terms, results;  // terms, results: channels of a group that are read and made
   int64_t panels, runs, run_length;   // a run: the terms that follow each other in memory
@@ -73,7 +39,7 @@ struct Product {
   A *weights, *bias, *zeros;
   size_t shared_bytes, thread_bytes;
 
-  explicit Product(const Problem& p)
+  explicit Product(const ConvProblem& p)
       : p(p),
         y(p.shape.y, p.backward),
         x(p.shape.x, p.backward),
@@ -283,20 +249,20 @@ struct Product {
   }
 };
 
-size_t workspace_bytes(const Problem& p) {
+size_t workspace_bytes(const ConvProblem& p) {
   size_t bytes = 0;
   with_type(p.shape.dtype, [&](auto zero) { bytes = Product<decltype(zero)>(p).bytes(); });
   return bytes;
 }
-void multiply(const Problem& p) {
+void multiply(const ConvProblem& p) {
   with_type(p.shape.dtype, [&](auto zero) { Product<decltype(zero)>(p).run(); });
 }
 
 }  // namespace
 
-size_t conv2d_im2col_forward_workspace(const Conv2dForward& a) { return workspace_bytes(Problem(a)); }
-void conv2d_im2col_forward(const Conv2dForward& a) { multiply(Problem(a)); }
-size_t conv2d_im2col_backward_input_workspace(const Conv2dBackwardInput& a) { return workspace_bytes(Problem(a)); }
-void conv2d_im2col_backward_input(const Conv2dBackwardInput& a) { multiply(Problem(a)); }
+size_t conv2d_im2col_forward_workspace(const Conv2dForward& a) { return workspace_bytes(problem(a)); }
+void conv2d_im2col_forward(const Conv2dForward& a) { multiply(problem(a)); }
+size_t conv2d_im2col_backward_input_workspace(const Conv2dBackwardInput& a) { return workspace_bytes(problem(a)); }
+void conv2d_im2col_backward_input(const Conv2dBackwardInput& a) { multiply(problem(a)); }
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

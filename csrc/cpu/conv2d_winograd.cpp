@@ -10,6 +10,7 @@
 // on either side.
 #include "conv2d_winograd.h"
 
+#include "conv2d_problem.h"
 #include "output.h"
 #include "parallel.h"
 
@@ -20,30 +21,13 @@ namespace {
 constexpr int64_t kTiles = 48, kManyTiles = 192;     // of a block; where filters do not fit into the cache
 constexpr int64_t kFilterBytes = int64_t(12) << 20;  // so many do
 
-struct Problem {
-  ConvShape shape;
-  bool backward;
-  const void *in, *weight, *bias;
-  void* out;
-  Activation activation;
-  double slope;
-  void* workspace;
-  int threads;
-};
-Problem problem(const Conv2dForward& a) {
-  return {a.shape, false, a.x, a.weight, a.bias, a.y, a.activation, a.negative_slope, a.workspace, a.threads};
-}
-Problem problem(const Conv2dBackwardInput& a) {
-  return {a.shape, true, a.dy, a.weight, nullptr, a.dx, Activation::kNone, 0, a.workspace, a.threads};
-}
-
 template <class T>
 struct Product {
   using A = Accumulate<T>;
   using V = at::vec::Vectorized<A>;
   static constexpr int64_t kColumns = kPanel<A>;
 
-  const Problem& p;
+  const ConvProblem& p;
   ConvReach y, x;
   int64_t n, groups, terms, results, panels, pitch;  // pitch: of a tile's transformed pixels
   int64_t panel_filters;                             // numbers of a panel's transformed filters
@@ -54,7 +38,7 @@ struct Product {
   A *filters, *bias, *zeros;
   size_t shared_bytes, thread_bytes;
 
-  explicit Product(const Problem& p)
+  explicit Product(const ConvProblem& p)
       : p(p),
         y(p.shape.y, p.backward),
         x(p.shape.x, p.backward),
@@ -222,7 +206,7 @@ struct Product {
 };
 
 template <class F>
-void with_product(const Problem& p, F f) {
+void with_product(const ConvProblem& p, F f) {
   switch (p.shape.dtype) {
     case DType::kFloat16: return f(Product<c10::Half>(p));
     case DType::kBFloat16: return f(Product<c10::BFloat16>(p));
@@ -233,13 +217,13 @@ void with_product(const Problem& p, F f) {
 template <class Args>
 size_t workspace_bytes(const Args& a) {
   size_t bytes = 0;
-  const Problem p = problem(a);
+  const ConvProblem p = problem(a);
   with_product(p, [&](const auto& product) { bytes = product.bytes(); });
   return bytes;
 }
 template <class Args>
 void convolve(const Args& a) {
-  const Problem p = problem(a);
+  const ConvProblem p = problem(a);
   with_product(p, [](auto product) { product.run(); });
 }
 

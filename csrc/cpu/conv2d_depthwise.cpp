@@ -1,0 +1,148 @@
+// Convolution of every channel for itself in [pixels][channels], and its gradient to the input; ../conv2d.h has the
+// formulas.  Vectors are of neighbouring channels.
+//
+// Floor: x read and y written once; a row's taps read what the row before them brought into the cache.  kTogether
+// pixels share a tap's weights in registers; where windows reach outside of the image, or strides leave gaps, pixels go
+// one by one.
+#include "conv2d_im2col.h"
+#include "conv2d_problem.h"
+#include "output.h"
+#include "parallel.h"
+
+namespace fastnorm::cpu::CPU_CAPABILITY {
+namespace {
+
+constexpr int kTogether = 4;
+
+template <class T>
+struct Depthwise {
+  using A = Accumulate<T>;
+  using V = at::vec::Vectorized<A>;
+
+  const ConvProblem& p;
+  ConvReach y, x;
+  int64_t channels, taps;
+  A *weights, *bias;  // [tap][channel], [channel]
+  size_t bytes;
+
+  explicit Depthwise(const ConvProblem& p)
+      : p(p), y(p.shape.y, p.backward), x(p.shape.x, p.backward), channels(p.shape.groups), taps(p.shape.taps()) {
+    ConvScratch scratch{static_cast<char*>(p.workspace)};
+    weights = scratch.take<A>(taps * channels), bias = scratch.take<A>(channels);
+    bytes = scratch.used;
+  }
+
+  void pack() const {
+    for (int64_t c = 0; c < channels; c++) {
+      for (int64_t t = 0; t < taps; t++) weights[t * channels + c] = A(static_cast<const T*>(p.weight)[c * taps + t]);
+      bias[c] = p.bias ? A(static_cast<const T*>(p.bias)[c]) : A(0);
+    }
+  }
+
+  template <class Count>
+  void finish(T* to, Pack<A> v, Count count) const {
+    if (p.activation == Activation::kRelu)
+      v = {Math<V>::relu(v.a), Math<V>::relu(v.b)};
+    else if (p.activation != Activation::kNone)
+      v = activated(v);
+    store(to, v, count);
+  }
+  [[gnu::noinline]] Pack<A> activated(Pack<A> v) const {
+    const V slope = V(A(p.slope));
+    return {activate(p.activation, v.a, slope), activate(p.activation, v.b, slope)};
+  }
+
+  // P pixels from `column` on, all of whose taps within [first, end) rows of taps are inside.
+  template <int P, class Count>
+  void run_pixels(const T* sample, T* to, int64_t row, int64_t column, int first, int end, int64_t c,
+                  Count count) const {
+    Pack<A> sum[P];
+    const Pack<A> start = load<A>(bias + c, count);
+    for (auto& s : sum) s = start;
+    for (int ky = first; ky < end; ky++)
+      for (int kx = 0; kx < x.kernel; kx++) {
+        const Pack<A> w = load<A>(weights + (int64_t(ky) * x.kernel + kx) * channels + c, count);
+        const T* const at = sample + (y.position(row, ky) * x.in + x.position(column, kx)) * channels + c;
+        const int64_t step = (p.backward ? 1 : x.stride) * channels;
+#pragma GCC unroll 4
+        for (int i = 0; i < P; i++) sum[i] = fmadd(w, load(at + i * step, count), sum[i]);
+      }
+    for (int i = 0; i < P; i++) finish(to + (column + i) * channels + c, sum[i], count);
+  }
+
+  // One pixel, any taps.
+  template <class Count>
+  void run_pixel(const T* sample, T* to, int64_t row, int64_t column, int64_t c, Count count) const {
+    Pack<A> sum = load<A>(bias + c, count);
+    for (int ky = 0; ky < y.kernel; ky++)
+      for (int kx = 0; kx < x.kernel; kx++) {
+        if (!sees(y, row, ky) || !sees(x, column, kx)) continue;
+        const T* const at = sample + (y.position(row, ky) * x.in + x.position(column, kx)) * channels + c;
+        sum = fmadd(load<A>(weights + (int64_t(ky) * x.kernel + kx) * channels + c, count), load(at, count), sum);
+      }
+    finish(to + column * channels + c, sum, count);
+  }
+  static bool sees(const ConvReach& a, int64_t result, int tap) {
+    if (a.backward && (result + a.pad - int64_t(tap) * a.dilation) % a.stride != 0) return false;
+    const int64_t at = a.position(result, tap);
+    return at >= 0 && at < a.in;
+  }
+
+  void run_row(int64_t n, int64_t row) const {
+    const T* const sample = static_cast<const T*>(p.in) + n * y.in * x.in * channels;
+    T* const to = static_cast<T*>(p.out) + (n * y.out + row) * x.out * channels;
+    const bool gaps = p.backward && (x.stride > 1 || y.stride > 1);
+    // The rows of taps, and the columns, whose windows are inside.
+    int first = 0, end = y.kernel;
+    while (first < end && !sees(y, row, first)) first++;
+    while (end > first && !sees(y, row, end - 1)) end--;
+    int64_t low = 0, high = x.out;
+    auto whole = [&](int64_t column) { return sees(x, column, 0) && sees(x, column, x.kernel - 1); };
+    while (low < high && !whole(low)) low++;
+    while (high > low && !whole(high - 1)) high--;
+    if (gaps) low = high = 0;
+    for_packs<T>(channels, [&](int64_t c, auto count, auto) {
+      int64_t column = 0;
+      for (; column < low; column++) run_pixel(sample, to, row, column, c, count);
+      for (; column + kTogether <= high; column += kTogether)
+        run_pixels<kTogether>(sample, to, row, column, first, end, c, count);
+      for (; column < high; column++) run_pixels<1>(sample, to, row, column, first, end, c, count);
+      for (; column < x.out; column++) run_pixel(sample, to, row, column, c, count);
+    });
+  }
+
+  void run() const {
+    pack();
+    prefer_huge_pages(p.out, p.shape.n * y.out * x.out * channels * sizeof(T));
+    constexpr int64_t kRows = 4;  // of a work item
+    const int64_t per_sample = (y.out + kRows - 1) / kRows;
+    parallel(p.threads, [&](Team team) {
+      team.for_each(p.shape.n * per_sample, [&](int64_t i) {
+        const int64_t begin = i % per_sample * kRows;
+        for (int64_t row = begin; row < std::min<int64_t>(begin + kRows, y.out); row++) run_row(i / per_sample, row);
+      });
+    });
+  }
+};
+
+template <class Args>
+size_t workspace_bytes(const Args& a) {
+  size_t bytes = 0;
+  const ConvProblem p = problem(a);
+  with_type(a.shape.dtype, [&](auto zero) { bytes = Depthwise<decltype(zero)>(p).bytes; });
+  return bytes;
+}
+template <class Args>
+void convolve(const Args& a) {
+  const ConvProblem p = problem(a);
+  with_type(a.shape.dtype, [&](auto zero) { Depthwise<decltype(zero)>(p).run(); });
+}
+
+}  // namespace
+
+size_t conv2d_depthwise_forward_workspace(const Conv2dForward& a) { return workspace_bytes(a); }
+void conv2d_depthwise_forward(const Conv2dForward& a) { convolve(a); }
+size_t conv2d_depthwise_backward_input_workspace(const Conv2dBackwardInput& a) { return workspace_bytes(a); }
+void conv2d_depthwise_backward_input(const Conv2dBackwardInput& a) { convolve(a); }
+
+}  // namespace fastnorm::cpu::CPU_CAPABILITY
