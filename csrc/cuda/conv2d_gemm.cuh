@@ -36,11 +36,19 @@ struct Sides {
   __host__ __device__ Strides result() const { return Sides<!kBackward>{s}.source(); }
 };
 
+// Of one class of pixels.  A block has it in shared memory, as in registers it would take the room of the sums.
+struct Geometry {
+  GatherAxis y, x;
+  Strides source, result;
+};
+
 template <bool kBackward>
-__device__ __forceinline__ void make_axes(const PixelProduct& a, int cls, GatherAxis& y, GatherAxis& x) {
+__device__ __forceinline__ Geometry make_geometry(const PixelProduct& a, int number) {
   const ConvShape& s = a.shape;
-  y = kBackward ? backward_axis(s.y, a.divisor_y, cls / a.classes_x) : forward_axis(s.y);
-  x = kBackward ? backward_axis(s.x, a.divisor_x, cls % a.classes_x) : forward_axis(s.x);
+  const Sides<kBackward> sides{s};
+  return {kBackward ? backward_axis(s.y, a.divisor_y, number / a.classes_x) : forward_axis(s.y),
+          kBackward ? backward_axis(s.x, a.divisor_x, number % a.classes_x) : forward_axis(s.x), sides.source(),
+          sides.result()};
 }
 
 // ---- The weight's matrix --------------------------------------------------------------------------------------------
@@ -56,8 +64,8 @@ __global__ void __launch_bounds__(kPackThreads) conv2d_pack_kernel(PixelProduct 
   const ConvShape& s = a.shape;
   const Sides<kBackward> sides{s};
   const int k = split(item, a.weight_row), row = split(item, sides.rows()), group = split(item, s.groups);
-  GatherAxis y, x;
-  make_axes<kBackward>(a, int(item), y, x);
+  const Geometry g = make_geometry<kBackward>(a, int(item));
+  const GatherAxis &y = g.y, &x = g.x;
   T value = narrow<T>(0);
   if (k < sides.depth() * y.taps * x.taps) {
     const Depth d(k, int(sides.depth()), y.taps, x.taps, s.channels_last);
@@ -109,8 +117,13 @@ __device__ __forceinline__ void store_rows(const PixelProduct& a, T* result, int
   }
 }
 
+// Two large tiles at a time where their registers allow it.
+template <bool kTensor, class Shape, Gather kGather>
+constexpr int kBlocksOf = kBlocksAtOnce < kTensor && kGather == Gather::kCopies ? 512 / Shape::kThreads : 1 > ;
+
 template <class T, bool kBackward, bool kTensor, class Shape, Gather kGather>
-__global__ void __launch_bounds__(Shape::kThreads, 256 / Shape::kThreads) conv2d_pixels_kernel(PixelProduct a) {
+__global__ void __launch_bounds__(Shape::kThreads, (kBlocksOf<kTensor, Shape, kGather>))
+    conv2d_pixels_kernel(PixelProduct a) {
   using A = Accumulate<T>;
   using Traits = ProductTraits<T, kTensor, Shape, kGather>;
   FASTNORM_DYNAMIC_SHARED(unsigned char, memory);
@@ -126,12 +139,15 @@ __global__ void __launch_bounds__(Shape::kThreads, 256 / Shape::kThreads) conv2d
   int64_t block = blockIdx.x;
   const int64_t first_row = split(block, a.row_tiles) * int64_t(Shape::kM);
   const int64_t first_pixel = split(block, a.pixel_tiles) * int64_t(Shape::kN), group = split(block, s.groups);
-  GatherAxis y, x;
-  make_axes<kBackward>(a, int(block), y, x);
+  FASTNORM_SHARED(Geometry, geometry, 1);
+  if (threadIdx.x == 0) geometry[0] = make_geometry<kBackward>(a, int(block));
+  __syncthreads();
+  const Geometry& g = geometry[0];
+  const GatherAxis &y = g.y, &x = g.x;
   const int64_t pixels = s.n * y.pixels * x.pixels;
   if (first_pixel >= pixels) return;
   const int depth = int(sides.depth()) * y.taps * x.taps;
-  const Strides from = sides.source(), to = sides.result();
+  const Strides &from = g.source, &to = g.result;
 
   for (int n = threadIdx.x; n < Shape::kN; n += Shape::kThreads) {
     int64_t q = first_pixel + n;

@@ -19,25 +19,30 @@ size_t weight_shared() {
   return shared_bytes<Place>(4 * kDepth<T>) + shared_bytes<T>(2 * (Shape::kM + Shape::kN) * kRow<T>);
 }
 
+// A block has it in shared memory, as in registers it would take the room of the sums.
+struct WeightGeometry {
+  GatherAxis y, x;
+  Strides of_x, of_dy;
+};
+
 // The places of the pixels q0 .. of dy and of x; none from `end` on.
 template <class T>
-__device__ __forceinline__ void tabulate_pixels(const GatherAxis& y, const GatherAxis& x, const Strides& dy_strides,
-                                                const Strides& x_strides, int64_t q0, int64_t end, Place* table) {
+__device__ __forceinline__ void tabulate_pixels(const WeightGeometry& g, int64_t q0, int64_t end, Place* table) {
   if (int(threadIdx.x) >= kDepth<T>) return;
   int64_t q = q0 + threadIdx.x;
-  Place of_dy = no_tap(), of_x = no_tap();
+  Place in_dy = no_tap(), in_x = no_tap();
   if (q < end) {
-    const int qx = split(q, x.pixels), qy = split(q, y.pixels);
-    of_dy = {q * dy_strides.image + qy * dy_strides.row + qx * dy_strides.pixel, 0, 0};
-    of_x = place_at(x_strides, q * x_strides.image, int64_t(qy) * y.step + y.origin, int64_t(qx) * x.step + x.origin);
+    const int qx = split(q, g.x.pixels), qy = split(q, g.y.pixels);
+    in_dy = {q * g.of_dy.image + qy * g.of_dy.row + qx * g.of_dy.pixel, 0, 0};
+    in_x = place_at(g.of_x, q * g.of_x.image, int64_t(qy) * g.y.step + g.y.origin, int64_t(qx) * g.x.step + g.x.origin);
   }
-  table[threadIdx.x] = of_dy;
-  table[kDepth<T> + threadIdx.x] = of_x;
+  table[threadIdx.x] = in_dy;
+  table[kDepth<T> + threadIdx.x] = in_x;
 }
 
 // kLanes<T> for 16-byte loads of channels of dy and x, or 1.
 template <class T, bool kTensor, class Shape, int V>
-__global__ void __launch_bounds__(Shape::kThreads, 256 / Shape::kThreads) conv2d_weight_kernel(WeightProduct a) {
+__global__ void __launch_bounds__(Shape::kThreads) conv2d_weight_kernel(WeightProduct a) {
   using A = Accumulate<T>;
   constexpr Gather kGather = V == 1 ? Gather::kElements : Gather::kBlocks;
   constexpr int kTileValues = (Shape::kM + Shape::kN) * kRow<T>;
@@ -53,17 +58,21 @@ __global__ void __launch_bounds__(Shape::kThreads, 256 / Shape::kThreads) conv2d
   const int64_t first_pixel = block * a.part_pixels, pixels = s.n * s.y.out * s.x.out;
   const int64_t end_pixel = first_pixel + a.part_pixels < pixels ? first_pixel + a.part_pixels : pixels;
   const int64_t columns = s.ci * s.taps();
-  const GatherAxis y = forward_axis(s.y), x = forward_axis(s.x);
-  const Strides x_strides = image_strides(s.channels_last, s.groups * s.ci, s.y.in, s.x.in);
-  const Strides dy_strides = image_strides(s.channels_last, s.groups * s.co, s.y.out, s.x.out);
+  FASTNORM_SHARED(WeightGeometry, geometry, 1);
+  if (threadIdx.x == 0)
+    geometry[0] = {forward_axis(s.y), forward_axis(s.x),
+                   image_strides(s.channels_last, s.groups * s.ci, s.y.in, s.x.in),
+                   image_strides(s.channels_last, s.groups * s.co, s.y.out, s.x.out)};
+  __syncthreads();
+  const WeightGeometry& g = geometry[0];
 
   Gatherer<T, Shape, Shape::kM, kGather, false> left(
-      static_cast<const T*>(a.dy) + group * s.co * dy_strides.channel, 1, 1, s.channels_last,
-      [&](int m) { return first_row + m < s.co ? Place{(first_row + m) * dy_strides.channel, 0, 0} : no_pixel(); });
-  Gatherer<T, Shape, Shape::kN, kGather, true> right(static_cast<const T*>(a.x) + group * s.ci * x_strides.channel,
+      static_cast<const T*>(a.dy) + group * s.co * g.of_dy.channel, 1, 1, s.channels_last,
+      [&](int m) { return first_row + m < s.co ? Place{(first_row + m) * g.of_dy.channel, 0, 0} : no_pixel(); });
+  Gatherer<T, Shape, Shape::kN, kGather, true> right(static_cast<const T*>(a.x) + group * s.ci * g.of_x.channel,
                                                      unsigned(s.y.in), unsigned(s.x.in), s.channels_last, [&](int n) {
                                                        return first_column + n < columns
-                                                                  ? tap_place(y, x, x_strides, int(s.ci),
+                                                                  ? tap_place(g.y, g.x, g.of_x, int(s.ci),
                                                                               s.channels_last, int(first_column + n))
                                                                   : no_pixel();
                                                      });
@@ -72,8 +81,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 256 / Shape::kThreads) conv2d
   multiply_tiles<2>(
       end_pixel > first_pixel ? int((end_pixel - first_pixel + kDepth<T> - 1) / kDepth<T>) : 0,
       [&](int tile) {
-        tabulate_pixels<T>(y, x, dy_strides, x_strides, first_pixel + int64_t(tile) * kDepth<T>, end_pixel,
-                           table + tile % 2 * 2 * kDepth<T>);
+        tabulate_pixels<T>(g, first_pixel + int64_t(tile) * kDepth<T>, end_pixel, table + tile % 2 * 2 * kDepth<T>);
       },
       [&](int tile, int stage) {
         const Place* const columns_of_dy = table + tile % 2 * 2 * kDepth<T>;
