@@ -3,6 +3,7 @@
 //   dx[n][c][i] = sum over o and the taps t that meet i of weight[o][c][t] * dy[n][o][(i + pad - t * dilation) /
 //   stride]
 #include "conv2d_gemm.cuh"
+#include "conv2d_small.cuh"
 
 namespace fastnorm {
 namespace {
@@ -18,6 +19,7 @@ __global__ void __launch_bounds__(kClearThreads) conv2d_clear_kernel(T* p, int64
 template <class T>
 cudaError_t launch_backward_input(const Conv2dBackwardInput& a, cudaStream_t stream) {
   const ConvShape& s = a.shape;
+  if (is_small(s)) return launch_small<T, true>({s, a.dy, a.weight, nullptr, a.dx, Activation::kNone, 0}, stream);
   if (tap_classes(s.y) < s.y.stride || tap_classes(s.x) < s.x.stride) {  // some pixels meet no tap
     const int64_t blocks = (s.inputs() + kClearThreads - 1) / kClearThreads, most = 32 * int64_t(sm_count());
     const cudaError_t error = launch(conv2d_clear_kernel<T, 1>, dim3(unsigned(blocks < most ? blocks : most)),
@@ -35,7 +37,9 @@ cudaError_t launch_backward_input(const Conv2dBackwardInput& a, cudaStream_t str
 
 namespace cuda {
 
-size_t conv2d_backward_input_workspace(const Conv2dBackwardInput& a) { return packed_bytes<true>(a.shape); }
+size_t conv2d_backward_input_workspace(const Conv2dBackwardInput& a) {
+  return is_small(a.shape) ? 0 : packed_bytes<true>(a.shape);
+}
 
 cudaError_t conv2d_backward_input(const Conv2dBackwardInput& a, cudaStream_t stream) {
   if (!is_possible(a.shape)) return cudaErrorInvalidValue;

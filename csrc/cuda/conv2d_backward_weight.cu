@@ -5,13 +5,47 @@
 // A matrix product like forward's, with the pixels for k: a block has kM channels of dy by kN channels and taps of x,
 // and goes over some of the pixels.  Its sums go to the workspace, and a second kernel adds up those of all blocks,
 // always in the same order.  dbias likewise.
+#include "conv2d_small.cuh"
+#include "conv2d_small_weight.cuh"
 #include "conv2d_weight.cuh"
 
 namespace fastnorm {
+namespace {
+
+template <class T>
+Parts parts_of(const ConvShape& s) {
+  return is_small(s) ? small_weight_parts(s) : weight_parts<T>(s);
+}
+
+// Of the weight's parts, which the bias's follow.
+template <class T>
+size_t weight_bytes(const ConvShape& s) {
+  return shared_bytes<Accumulate<T>>(parts_of<T>(s).parts * s.weights());
+}
+
+template <class T>
+cudaError_t launch_backward_weight(const Conv2dBackwardWeight& a, cudaStream_t stream) {
+  const ConvShape& s = a.shape;
+  if (s.weights() == 0) return cudaSuccess;
+  cudaError_t error = is_small(s) ? launch_small_weight<T>(a, stream) : launch_weight<T>(a, stream);
+  if (error != cudaSuccess) return error;
+  error =
+      launch_sum<T>(static_cast<const Accumulate<T>*>(a.workspace), a.dweight, parts_of<T>(s).parts, s, true, stream);
+  if (error != cudaSuccess || !a.dbias) return error;
+  return launch_bias<T>(a, static_cast<char*>(a.workspace) + weight_bytes<T>(s), stream);
+}
+
+}  // namespace
+
 namespace cuda {
 
 size_t conv2d_backward_weight_workspace(const Conv2dBackwardWeight& a) {
-  return with_type(a.shape.dtype, [&](auto zero) { return weight_workspace<decltype(zero)>(a); });
+  const ConvShape& s = a.shape;
+  if (s.weights() == 0) return 0;
+  return with_type(s.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    return weight_bytes<T>(s) + shared_bytes<Accumulate<T>>(bias_parts<T>(s).parts * s.groups * s.co);
+  });
 }
 
 cudaError_t conv2d_backward_weight(const Conv2dBackwardWeight& a, cudaStream_t stream) {

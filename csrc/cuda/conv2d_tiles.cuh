@@ -108,7 +108,7 @@ struct GatheredBlocks {
   const T* image;
   unsigned height, width;
   int number;  // of this thread's block of V rows by V columns; none if it is negative
-  Place place;
+  Place place = no_pixel();
   Vector<T> value[V];
 
   template <class F>

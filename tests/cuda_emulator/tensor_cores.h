@@ -20,7 +20,7 @@ inline uint32_t tf32(uint32_t bits) { return (bits & 0x7f800000u) == 0x7f800000u
 template <class T>
 void words_to_floats(float* to, uint64_t two_words) {
   T values[8 / sizeof(T)];
-  std::memcpy(values, &two_words, 8);
+  std::memcpy(static_cast<void*>(values), &two_words, 8);
   for (size_t i = 0; i < 8 / sizeof(T); i++) to[i] = float(values[i]);
 }
 
