@@ -117,12 +117,23 @@ __device__ __forceinline__ void store_rows(const PixelProduct& a, T* result, int
   }
 }
 
+// z = activation(z) for the rows in shared memory.  A function of its own: inlined, it would be half of every kernel.
+template <class Shape, class A>
+__device__ __noinline__ void activate_rows(Activation activation, A negative_slope, A* staged) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kStagedRows * Shape::kN; i += Shape::kThreads) {
+    A& z = staged[i / Shape::kN * (Shape::kN + 1) + i % Shape::kN];
+    z = activate(activation, z, negative_slope);
+  }
+}
+
 // Two large tiles at a time where their registers allow it.
-template <bool kTensor, class Shape, Gather kGather>
-constexpr int kBlocksOf = kBlocksAtOnce < kTensor && kGather == Gather::kCopies ? 512 / Shape::kThreads : 1 > ;
+template <class T, bool kTensor, class Shape, Gather kGather>
+constexpr int kBlocksOf =
+    kBlocksAtOnce < kTensor && sizeof(T) == 2 && kGather == Gather::kCopies ? 512 / Shape::kThreads : 1 > ;
 
 template <class T, bool kBackward, bool kTensor, class Shape, Gather kGather>
-__global__ void __launch_bounds__(Shape::kThreads, (kBlocksOf<kTensor, Shape, kGather>))
+__global__ void __launch_bounds__(Shape::kThreads, (kBlocksOf<T, kTensor, Shape, kGather>))
     conv2d_pixels_kernel(PixelProduct a) {
   using A = Accumulate<T>;
   using Traits = ProductTraits<T, kTensor, Shape, kGather>;
@@ -185,7 +196,8 @@ __global__ void __launch_bounds__(Shape::kThreads, (kBlocksOf<kTensor, Shape, kG
       [&](int stage) { right.put(stage_at(stage) + Shape::kM * kRow<T>); },
       [&](int stage) { products.multiply(stage_at(stage), stage_at(stage) + Shape::kM * kRow<T>); });
 
-  const bool relu = a.activation == Activation::kRelu, simple = relu || a.activation == Activation::kNone;
+  const bool relu = a.activation == Activation::kRelu;
+  [[maybe_unused]] const bool simple = relu || a.activation == Activation::kNone;
   T* const result = static_cast<T*>(a.result) + (group * sides.rows() + first_row) * to.channel;
   for (int m0 = 0; m0 < Shape::kM; m0 += kStagedRows) {
     __syncthreads();
@@ -195,13 +207,11 @@ __global__ void __launch_bounds__(Shape::kThreads, (kBlocksOf<kTensor, Shape, kG
       staged[(m - m0) * Traits::kStagedRow + n] = relu && v <= 0 ? A(0) : v;
     });
     __syncthreads();
-    if (!kBackward && !simple) {
-#pragma unroll 1
-      for (int i = threadIdx.x; i < kStagedRows * Shape::kN; i += Shape::kThreads) {
-        A& z = staged[i / Shape::kN * Traits::kStagedRow + i % Shape::kN];
-        z = activate(a.activation, z, A(a.negative_slope));
+    if constexpr (!kBackward) {
+      if (!simple) {
+        activate_rows<Shape>(a.activation, A(a.negative_slope), staged);
+        __syncthreads();
       }
-      __syncthreads();
     }
     store_rows<T, Shape>(a, result + m0 * to.channel, to.channel, staged, at, sides.rows() - first_row - m0);
   }
@@ -247,8 +257,7 @@ Gather choose_gather(const PixelProduct& a, int lanes) {
   const Strides source = Sides<kBackward>{s}.source();
   if (!is_aligned(a.source)) return Gather::kElements;
   if (s.channels_last) return Sides<kBackward>{s}.depth() % lanes == 0 ? Gather::kCopies : Gather::kElements;
-  auto is_point = [](const ConvAxis& axis) { return axis.kernel == 1 && axis.stride == 1 && axis.pad == 0; };
-  return is_point(s.y) && is_point(s.x) && source.channel % lanes == 0 ? Gather::kBlocks : Gather::kElements;
+  return is_point(s) && source.channel % lanes == 0 ? Gather::kBlocks : Gather::kElements;
 }
 
 template <bool kBackward>

@@ -7,6 +7,12 @@ namespace {
 
 inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+// Whether each pixel of y is from the one pixel of x at the same place.
+inline bool is_point(const ConvShape& s) {
+  auto is_one = [](const ConvAxis& axis) { return axis.kernel == 1 && axis.stride == 1 && axis.pad == 0; };
+  return is_one(s.y) && is_one(s.x);
+}
+
 // What 32-bit coordinates and numbers of taps can hold.
 inline bool is_possible(const ConvShape& s) {
   auto fits = [](const ConvAxis& a) {

@@ -13,10 +13,19 @@ struct WeightProduct {
   int64_t row_tiles, column_tiles, parts, part_pixels;
 };
 
-template <class T, class Shape>
-size_t weight_shared() {
-  return shared_bytes<Place>(4 * kDepth<T>) + shared_bytes<T>(2 * (Shape::kM + Shape::kN) * kRow<T>);
-}
+// How dy and x are read: value by value, 16 bytes of neighbouring pixels (k) of dy alone or of both, or of channels.
+enum class WeightLoads { kElements, kPixelsOfDy, kPixels, kChannels };
+
+template <class T, bool kTensor, class Shape, WeightLoads kLoads>
+struct WeightTraits {
+  static constexpr Gather kLeft = kLoads == WeightLoads::kElements   ? Gather::kElements
+                                  : kLoads == WeightLoads::kChannels ? Gather::kBlocks
+                                                                     : Gather::kCopies;
+  static constexpr Gather kRight = kLoads == WeightLoads::kPixelsOfDy ? Gather::kElements : kLeft;
+  static constexpr int kStages = kTensor && kRight == Gather::kCopies ? 3 : 2;
+  static constexpr int kTileValues = (Shape::kM + Shape::kN) * kRow<T>;
+  static size_t shared() { return shared_bytes<Place>(4 * kDepth<T>) + shared_bytes<T>(kStages * kTileValues); }
+};
 
 // A block has it in shared memory, as in registers it would take the room of the sums.
 struct WeightGeometry {
@@ -39,12 +48,11 @@ __device__ __forceinline__ void tabulate_pixels(const WeightGeometry& g, int64_t
   table[kDepth<T> + threadIdx.x] = in_x;
 }
 
-// kLanes<T> for 16-byte loads of channels of dy and x, or 1.
-template <class T, bool kTensor, class Shape, int V>
+// V: of the widest loads.
+template <class T, bool kTensor, class Shape, WeightLoads kLoads, int V>
 __global__ void __launch_bounds__(Shape::kThreads) conv2d_weight_kernel(WeightProduct a) {
   using A = Accumulate<T>;
-  constexpr Gather kGather = V == 1 ? Gather::kElements : Gather::kBlocks;
-  constexpr int kTileValues = (Shape::kM + Shape::kN) * kRow<T>;
+  using Traits = WeightTraits<T, kTensor, Shape, kLoads>;
   FASTNORM_DYNAMIC_SHARED(unsigned char, memory);
   Shared shared{memory};
   Place* const table = shared.take<Place>(4 * kDepth<T>);
@@ -65,19 +73,19 @@ __global__ void __launch_bounds__(Shape::kThreads) conv2d_weight_kernel(WeightPr
   __syncthreads();
   const WeightGeometry& g = geometry[0];
 
-  Gatherer<T, Shape, Shape::kM, kGather, false> left(
+  Gatherer<T, Shape, Shape::kM, Traits::kLeft, false> left(
       static_cast<const T*>(a.dy) + group * s.co * g.of_dy.channel, 1, 1, s.channels_last,
       [&](int m) { return first_row + m < s.co ? Place{(first_row + m) * g.of_dy.channel, 0, 0} : no_pixel(); });
-  Gatherer<T, Shape, Shape::kN, kGather, true> right(static_cast<const T*>(a.x) + group * s.ci * g.of_x.channel,
-                                                     unsigned(s.y.in), unsigned(s.x.in), s.channels_last, [&](int n) {
-                                                       return first_column + n < columns
-                                                                  ? tap_place(g.y, g.x, g.of_x, int(s.ci),
-                                                                              s.channels_last, int(first_column + n))
-                                                                  : no_pixel();
-                                                     });
+  Gatherer<T, Shape, Shape::kN, Traits::kRight, true> right(
+      static_cast<const T*>(a.x) + group * s.ci * g.of_x.channel, unsigned(s.y.in), unsigned(s.x.in), s.channels_last,
+      [&](int n) {
+        return first_column + n < columns
+                   ? tap_place(g.y, g.x, g.of_x, int(s.ci), s.channels_last, int(first_column + n))
+                   : no_pixel();
+      });
   Products<T, Shape, kTensor> products;
-  auto stage_at = [&](int stage) { return tiles + stage * kTileValues; };
-  multiply_tiles<2>(
+  auto stage_at = [&](int stage) { return tiles + stage * Traits::kTileValues; };
+  multiply_tiles<Traits::kStages>(
       end_pixel > first_pixel ? int((end_pixel - first_pixel + kDepth<T> - 1) / kDepth<T>) : 0,
       [&](int tile) {
         tabulate_pixels<T>(g, first_pixel + int64_t(tile) * kDepth<T>, end_pixel, table + tile % 2 * 2 * kDepth<T>);
@@ -119,20 +127,38 @@ Parts weight_parts(const ConvShape& s, WeightProduct* product = nullptr) {
   return parts;
 }
 
+inline WeightLoads choose_loads(const WeightProduct& a, int lanes) {
+  const ConvShape& s = a.shape;
+  if (!is_aligned(a.dy)) return WeightLoads::kElements;
+  if (s.channels_last) {
+    const bool whole = is_aligned(a.x) && s.ci % lanes == 0 && s.co % lanes == 0;
+    return whole ? WeightLoads::kChannels : WeightLoads::kElements;
+  }
+  if (int64_t(s.y.out) * s.x.out % lanes != 0) return WeightLoads::kElements;
+  return is_point(s) && is_aligned(a.x) ? WeightLoads::kPixels : WeightLoads::kPixelsOfDy;
+}
+
+template <class T, bool kTensor, class Shape, WeightLoads kLoads>
+cudaError_t launch_loads(const WeightProduct& a, cudaStream_t stream) {
+  constexpr int V = kLoads == WeightLoads::kElements ? 1 : kLanes<T>;
+  dim3 grid;
+  const cudaError_t error = with_blocks(a.row_tiles * a.column_tiles * a.shape.groups * a.parts, grid);
+  if (error != cudaSuccess) return error;
+  return launch(conv2d_weight_kernel<T, kTensor, Shape, kLoads, V>, grid, dim3(Shape::kThreads),
+                WeightTraits<T, kTensor, Shape, kLoads>::shared(), stream, a);
+}
+
 template <class T, bool kTensor, class Shape>
 cudaError_t launch_weight_product(const WeightProduct& a, cudaStream_t stream) {
-  const ConvShape& s = a.shape;
-  dim3 grid;
-  const cudaError_t error = with_blocks(a.row_tiles * a.column_tiles * s.groups * a.parts, grid);
-  if (error != cudaSuccess) return error;
   if constexpr (sizeof(T) != 8) {
-    constexpr int V = kLanes<T>;
-    if (s.channels_last && is_aligned(a.x) && is_aligned(a.dy) && s.ci % V == 0 && s.co % V == 0)
-      return launch(conv2d_weight_kernel<T, kTensor, Shape, V>, grid, dim3(Shape::kThreads), weight_shared<T, Shape>(),
-                    stream, a);
+    switch (choose_loads(a, kLanes<T>)) {
+      case WeightLoads::kPixelsOfDy: return launch_loads<T, kTensor, Shape, WeightLoads::kPixelsOfDy>(a, stream);
+      case WeightLoads::kPixels: return launch_loads<T, kTensor, Shape, WeightLoads::kPixels>(a, stream);
+      case WeightLoads::kChannels: return launch_loads<T, kTensor, Shape, WeightLoads::kChannels>(a, stream);
+      default: break;
+    }
   }
-  return launch(conv2d_weight_kernel<T, kTensor, Shape, 1>, grid, dim3(Shape::kThreads), weight_shared<T, Shape>(),
-                stream, a);
+  return launch_loads<T, kTensor, Shape, WeightLoads::kElements>(a, stream);
 }
 
 template <class T>
