@@ -128,9 +128,10 @@ __device__ __noinline__ void activate_rows(Activation activation, A negative_slo
 }
 
 // Two large tiles at a time where their registers allow it.
+template <class T, bool kTensor, Gather kGather>
+constexpr int kLargeTilesAtOnce = kTensor && sizeof(T) == 2 && kGather == Gather::kCopies ? 2 : 1;
 template <class T, bool kTensor, class Shape, Gather kGather>
-constexpr int kBlocksOf =
-    kBlocksAtOnce < kTensor && sizeof(T) == 2 && kGather == Gather::kCopies ? 512 / Shape::kThreads : 1 > ;
+constexpr int kBlocksOf = kBlocksAtOnce<kLargeTilesAtOnce<T, kTensor, kGather> * 256 / Shape::kThreads>;
 
 template <class T, bool kBackward, bool kTensor, class Shape, Gather kGather>
 __global__ void __launch_bounds__(Shape::kThreads, (kBlocksOf<T, kTensor, Shape, kGather>))

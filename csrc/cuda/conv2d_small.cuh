@@ -64,7 +64,9 @@ __global__ void __launch_bounds__(kSmallThreads) conv2d_small_kernel(SmallConv a
   if (s.channels_last) channel = split(item, channels / V) * int64_t(V);
   const int64_t px = split(item, width), py = split(item, height);
   if (!s.channels_last) channel = split(item, channels);
-  const int64_t n = item, group = channel / rows;
+  const int64_t n = item;
+  int64_t group = channel;
+  if (V == 1) split(group, rows);
   const T* const weight = static_cast<const T*>(a.weight);
   const T* const source = static_cast<const T*>(a.source) + n * from.image + group * depth * from.channel;
   T* const result = static_cast<T*>(a.result) + n * to.image + py * to.row + px * to.pixel + channel * to.channel;
@@ -100,7 +102,7 @@ __global__ void __launch_bounds__(kSmallThreads) conv2d_small_kernel(SmallConv a
 
 template <class T, bool kBackward>
 cudaError_t launch_small(const SmallConv& a, cudaStream_t stream) {
-  constexpr int V = kLanes<T>;
+  constexpr int V = sizeof(T) == 8 ? 1 : kLanes<T>;
   const ConvShape& s = a.shape;
   const bool wide =
       s.channels_last && s.ci == 1 && s.co == 1 && s.groups % V == 0 && is_aligned(a.source) && is_aligned(a.result);
@@ -108,8 +110,8 @@ cudaError_t launch_small(const SmallConv& a, cudaStream_t stream) {
   dim3 grid;
   const cudaError_t error = with_blocks((items + kSmallThreads - 1) / kSmallThreads, grid);
   if (error != cudaSuccess) return error;
-  return wide ? launch(conv2d_small_kernel<T, kBackward, V>, grid, dim3(kSmallThreads), 0, stream, a, items)
-              : launch(conv2d_small_kernel<T, kBackward, 1>, grid, dim3(kSmallThreads), 0, stream, a, items);
+  return launch(wide ? conv2d_small_kernel<T, kBackward, V> : conv2d_small_kernel<T, kBackward, 1>, grid,
+                dim3(kSmallThreads), 0, stream, a, items);
 }
 
 }  // namespace

@@ -50,7 +50,7 @@ __device__ __forceinline__ void tabulate_pixels(const WeightGeometry& g, int64_t
 
 // V: of the widest loads.
 template <class T, bool kTensor, class Shape, WeightLoads kLoads, int V>
-__global__ void __launch_bounds__(Shape::kThreads) conv2d_weight_kernel(WeightProduct a) {
+__global__ void __launch_bounds__(Shape::kThreads, 1) conv2d_weight_kernel(WeightProduct a) {
   using A = Accumulate<T>;
   using Traits = WeightTraits<T, kTensor, Shape, kLoads>;
   FASTNORM_DYNAMIC_SHARED(unsigned char, memory);
