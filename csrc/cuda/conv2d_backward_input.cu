@@ -1,7 +1,11 @@
-// Convolution, backward to x; ../conv2d.h has the rules, conv2d_gemm.cuh the kernels.
+// Convolution, backward to x; ../conv2d.h has the rules.
 //
 //   dx[n][c][i] = sum over o and the taps t that meet i of weight[o][c][t] * dy[n][o][(i + pad - t * dilation) /
 //   stride]
+//
+// The kernels are forward's, from dy to dx with the weight transposed.  With a stride, the pixels of dx that meet the
+// same taps are a convolution of stride 1 each, so that no product is with a zero between the outputs: flops and bytes
+// are forward's.  Pixels that meet no tap are zero; where there are some, all of dx is cleared first.
 #include "conv2d_gemm.cuh"
 #include "conv2d_small.cuh"
 

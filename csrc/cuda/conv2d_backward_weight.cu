@@ -1,10 +1,15 @@
 // Convolution, backward to weight and bias; ../conv2d.h has the rules.
 //
 //   dweight[o][c][t] = sum over n and q of dy[n][o][q] * x[n][c][place of q + place of t]
+//   dbias[o]         = sum over n and q of dy[n][o][q]
 //
 // A matrix product like forward's, with the pixels for k: a block has kM channels of dy by kN channels and taps of x,
-// and goes over some of the pixels.  Its sums go to the workspace, and a second kernel adds up those of all blocks,
-// always in the same order.  dbias likewise.
+// and goes over one part of the pixels.  Its sums go to the workspace, and a second kernel adds up those of all parts,
+// always in the same order.  dbias likewise, and so groups of few channels, without a product
+// (conv2d_small_weight.cuh).
+//
+// Forward's flops.  Bytes: dy once for each column of tiles, x once for each row of tiles and each tap, of which caches
+// serve all but the first; 8 bytes of workspace for each weight and part.
 #include "conv2d_small.cuh"
 #include "conv2d_small_weight.cuh"
 #include "conv2d_weight.cuh"

@@ -1,6 +1,14 @@
-// Convolution, forward; ../conv2d.h has the rules, conv2d_gemm.cuh the kernels.
+// Convolution, forward; ../conv2d.h has the rules.
 //
 //   y[n][o][q] = activation(bias[o] + sum over c and taps t of weight[o][c][t] * x[n][c][place of q + place of t])
+//
+//   small    groups of few channels (depthwise): a thread per value, conv2d_small.cuh
+//   product  all others: an implicit matrix product, conv2d_gemm.cuh; the columns (the taps' pixels) are gathered
+//            straight into shared memory
+//
+// 2 * ci * taps flops for each value of y.  Bytes: x once for each row of tiles (128 or 64 channels of y) and each tap,
+// of which caches serve all but the first; y written once; the weight read and, where its rows are not in the order of
+// the product, written once more.
 #include "conv2d_gemm.cuh"
 #include "conv2d_small.cuh"
 
