@@ -61,6 +61,7 @@ struct Conv2dForward {
   double negative_slope;  // leaky_relu's
   void* workspace;        // as many bytes as ..._workspace() says; uninitialised
   int threads;            // at most, for the CPU kernels
+  bool tf32;              // whether float32 may be rounded to tf32 in products
 };
 
 struct Conv2dBackwardInput {
@@ -69,6 +70,7 @@ struct Conv2dBackwardInput {
   void* dx;
   void* workspace;
   int threads;
+  bool tf32;  // whether float32 may be rounded to tf32 in products
 };
 
 struct Conv2dBackwardWeight {
@@ -77,6 +79,7 @@ struct Conv2dBackwardWeight {
   void *dweight, *dbias;  // dbias may be null
   void* workspace;
   int threads;
+  bool tf32;  // whether float32 may be rounded to tf32 in products
 };
 
 // The kernels of an algorithm, each with the size of the workspace that it needs.
@@ -98,7 +101,6 @@ FASTNORM_CONV2D_CPU_KERNEL(direct, backward_input, Conv2dBackwardInput)
 
 #ifdef FASTNORM_CUDA
 namespace cuda {
-// Whether 32-bit products may be rounded to tf32 first is torch's setting.
 size_t conv2d_forward_workspace(const Conv2dForward&);
 size_t conv2d_backward_input_workspace(const Conv2dBackwardInput&);
 size_t conv2d_backward_weight_workspace(const Conv2dBackwardWeight&);

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "index.cuh"
 #include "max_pool2d.h"
 #include "vector.cuh"
 
@@ -10,18 +11,6 @@ namespace fastnorm {
 namespace {
 
 constexpr int kPoolThreads = 256;
-
-// i / d and the remainder; most of the time in 32 bits, which is several times faster.
-__device__ __forceinline__ int split(int64_t& i, int64_t d) {
-  if (i <= 0x7fffffff && d <= 0x7fffffff) {
-    const unsigned q = unsigned(i) / unsigned(d), r = unsigned(i) - q * unsigned(d);
-    i = q;
-    return int(r);
-  }
-  const int64_t q = i / d, r = i - q * d;
-  i = q;
-  return int(r);
-}
 
 __device__ __forceinline__ int64_t work_item() { return int64_t(blockIdx.x) * kPoolThreads + threadIdx.x; }
 

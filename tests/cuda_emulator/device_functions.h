@@ -14,10 +14,12 @@
 #include "cuda_emulator.h"
 
 #undef __forceinline__
+#undef __noinline__
 #undef __launch_bounds__
 #undef __shared__
 #undef __grid_constant__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __shared__ _Pragma("GCC error \"declare shared memory with FASTNORM_SHARED or FASTNORM_DYNAMIC_SHARED\"")
 #define __grid_constant__
