@@ -1,10 +1,9 @@
 // Max-pooling backward on the CPU: every dx gathers from the windows that it may have won; ../max_pool2d.h has the
 // rules.  Sums are taken window by window in memory's order, as torch does, in float32 (float64 for float64).
 //
-// Planes: the rows of dy and of the offsets that a row of dx needs are kept in a ring, widened and with a margin that
-// no
-//   tap matches.  Inputs that are a stride apart meet the same taps of successive windows: one such phase at a time is
-//   summed in registers, and the phases are interleaved.
+// Planes: inputs that are a stride apart meet the same taps of successive windows, so lanes are these and every tap is
+//   one load of dy and of the offsets.  Windows that overlap reach past the ends of their rows: such rows are read from
+//   a copy with zeros around it, some rows ahead, as what was just stored cannot be loaded at another place at once.
 // Channels ([n][h][w][c]): every input pixel takes its windows' pixels, some channels at a time, in registers.
 // Floor: S / stride^2 and a byte per output read, S written.
 #include <algorithm>
@@ -16,203 +15,244 @@
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
-// The windows of an axis that may have a tap at input i; of all inputs in a table, as they take divisions.
+// The windows of an axis that have a tap at an input: every `next` from the first on, and their taps, `less` apart.
+// None is before `from`, which never decreases.  In a table, as they take divisions.
 struct Windows {
-  int first, end;
+  int first, count, tap, from;
 };
+struct AxisWindows {
+  Windows* of;
+  int next = 1, less;
 
-void fill_windows(const PoolAxis& a, Windows* windows) {
-  for (int i = 0; i < a.in; i++) windows[i] = {a.first_window(i), a.end_window(i)};
-}
+  AxisWindows(const PoolAxis& a, PoolScratch& scratch) : of(scratch.take<Windows>(a.in)) {
+    while (next < a.out && int64_t(next) * a.stride % a.dilation) next++;
+    less = int(int64_t(next) * a.stride / a.dilation);
+    if (!of) return;
+    for (int i = 0; i < a.in; i++) {
+      const int from = a.first_window(i), end = a.end_window(i), tried = std::min<int64_t>(end, int64_t(from) + next);
+      int o = from;
+      auto distance = [&] { return i - int64_t(a.begin(o)); };
+      while (o < tried && distance() % a.dilation) o++;
+      of[i] = o < tried ? Windows{o, (end - 1 - o) / next + 1, int(distance() / a.dilation), from}
+                        : Windows{from, 0, 0, from};
+    }
+  }
+};
 
 // ---- Planes ---------------------------------------------------------------------------------------------------------
 
-// A thread's rows.
+// A row of windows from the one on that begins at the first input, or before it and nowhere nearer.
+template <class T>
+struct Row {
+  const T* dy;
+  const char* offset;
+  Tap<Accumulate<T>> first;  // of its taps in the row of dx
+};
+
+// A thread's copies of rows.
 template <class T>
 struct Ring {
-  using A = Accumulate<T>;
-  int64_t margin, pitch, slots, blocks, columns;
-  A *dy, *sums;  // [slots][pitch]; a row of dx, from the padding before it on
-  Tap<A>* tap;   // [slots][pitch]
-  int* held;     // the row in each slot
-  // Of the windows' rows that have a tap in a row of dx: where the slot begins, and the number of that row's first tap.
-  struct Row {
-    int64_t at;
-    Tap<A> first;
-  }* rows;
+  static constexpr int64_t kBytes = 16 << 10;  // half of the L1 cache
+  int bytes;                                   // of an offset
+  int64_t margin, pitch, slots;
+  T* dy;
+  char* offset;
+  Row<T>* rows;
 
-  Ring(const PoolShape& s, PoolScratch scratch, size_t* bytes = nullptr) {
-    margin = (int64_t(s.x.kernel - 1) * s.x.dilation) / s.x.stride + 1;
-    // Inputs of one phase: as many as there are steps of the stride in the padding and x.
-    columns = (s.x.in + int64_t(s.x.pad) + s.x.stride - 1) / s.x.stride;
-    blocks = (columns + kPoolLanes - 1) / kPoolLanes;
-    pitch = margin + std::max<int64_t>(blocks * kPoolLanes, s.x.out) + kPoolLanes;
-    slots = std::min<int64_t>((s.y.kernel - 1) * int64_t(s.y.dilation) / s.y.stride + 1, s.y.out);
-    dy = scratch.take<A>(slots * pitch), tap = scratch.take<Tap<A>>(slots * pitch);
-    sums = scratch.take<A>(blocks * kPoolLanes * s.x.stride + kPoolLanes);
-    held = scratch.take<int>(slots), rows = scratch.take<Row>(slots);
-    if (bytes) *bytes = scratch.used;
+  Ring(const PoolShape& s, PoolScratch scratch, size_t* used = nullptr) : bytes(s.offset_bytes()) {
+    margin = int64_t(s.x.kernel - 1) * s.x.dilation / s.x.stride;
+    pitch = margin + std::max<int64_t>(s.x.out, (s.x.in - 1 + int64_t(s.x.pad)) / s.x.stride + 1);
+    const int64_t needed = (s.y.kernel - 1) * int64_t(s.y.dilation) / s.y.stride + 1;
+    slots = std::min<int64_t>(std::max<int64_t>(needed, kBytes / (pitch * (sizeof(T) + bytes))), s.y.out);
+    if (margin == 0 && bytes == 1) slots = 0;
+    dy = scratch.take<T>(slots * pitch), offset = scratch.take<char>(slots * pitch * bytes);
+    rows = scratch.take<Row<T>>(s.y.kernel);
+    if (used) *used = scratch.used;
   }
   void clear() const {
-    std::fill(dy, dy + slots * pitch, A(0));
-    std::fill(tap, tap + slots * pitch, Tap<A>(-1));
-    std::fill(held, held + slots, -1);
+    std::fill(dy, dy + slots * pitch, T(0));
+    std::fill(offset, offset + slots * pitch * bytes, char(0));
   }
-  // Row oy of a plane into a slot.
-  void fetch(const MaxPool2dBackward& a, int64_t plane, int oy, int slot) const {
-    const PoolShape& s = a.shape;
-    const int64_t from = (plane * s.y.out + oy) * s.x.out;
-    const int bytes = s.offset_bytes();
-    held[slot] = oy;
-    A* const to = dy + slot * pitch + margin;
-    Tap<A>* const to_tap = tap + slot * pitch + margin;
-    for_blocks(0, s.x.out, [&](auto lanes, int64_t i) {
-      constexpr int L = lanes;
-      store_lanes(to + i, load_wide<L>(static_cast<const T*>(a.dy) + from + i));
-      store_lanes(to_tap + i, load_offsets<0, L, A>(a.offset, bytes, from + i));
-    });
+  void fetch(const MaxPool2dBackward& a, int64_t from, int64_t slot) const {
+    const T* const source = static_cast<const T*>(a.dy) + from;
+    const char* const source_offset = static_cast<const char*>(a.offset) + from * bytes;
+    T* const to = dy + slot * pitch + margin;
+    char* const to_offset = offset + (slot * pitch + margin) * bytes;
+    for_blocks(0, a.shape.x.out, [&](auto lanes, int64_t i) { std::memcpy(to + i, source + i, lanes * sizeof(T)); });
+    for_blocks(0, a.shape.x.out * int64_t(bytes),
+               [&](auto lanes, int64_t i) { std::memcpy(to_offset + i, source_offset + i, lanes); });
   }
 };
 
-// sums[(j * stride + phase)]: what the taps whose distance from a window's begin is `phase` more than a multiple of the
-// stride give.
-template <int kStride, int kKernel, class T>
-void sum_row(const PoolAxis& x, int kernel, const Ring<T>& ring, int rows) {
+// A row of dx from `count` rows of windows, kRows of them if that is not 0; so are the others.  kPad: of what is left
+// of the padding by the stride.  end: where rows may not be read any more.
+template <int kStride, int kKernel, int kPad, int kRows, int kBytes, class T>
+[[gnu::always_inline]] inline void gather_row(const PoolAxis x, int bytes, const Row<T>* row, int count, int64_t end,
+                                              T* dx) {
   using A = Accumulate<T>;
-  constexpr int L = kPoolLanes;
-  using V = Lanes<A, L>;
-  const int stride = kStride ? kStride : x.stride, dilation = kKernel ? 1 : x.dilation;
-  const int width = kKernel ? kKernel : kernel;
-  const auto* const row = ring.rows;
-  auto phase_sum = [&](int64_t j, int phase) {
-    V sum{};
-    for (int i = 0; i < rows; i++) {
-      const A* const dy = ring.dy + row[i].at + j;
-      const Tap<A>* const tap = ring.tap + row[i].at + j;
+  const int stride = kStride ? kStride : x.stride, pad = kStride ? kPad : x.pad % x.stride;
+  const int width = kKernel ? kKernel : x.kernel, dilation = kKernel ? 1 : x.dilation;
+  const int rows = kRows ? kRows : count;
+  // Of the inputs e behind m strides.
+  auto sum = [&](auto lanes, int64_t m, int e) __attribute__((always_inline)) {
+    constexpr int L = lanes;
+    Lanes<A, L> sum{};
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
       for (int t = width - 1; t >= 0; t--) {
-        if (t * int64_t(dilation) % stride != phase) continue;
-        const int64_t before = t * int64_t(dilation) / stride;
-        const auto won = load_lanes<L>(tap - before) == lanes_of<L>(Tap<A>(row[i].first + t));
-        sum += won ? load_lanes<L>(dy - before) : V{};
+        const int64_t begin = e + pad - int64_t(t) * dilation;
+        if (begin % stride) continue;
+        const int64_t j = m + begin / stride;
+        if (L == 1 && j >= end) continue;
+        const auto won = load_offsets<kBytes, L, A>(row[i].offset, bytes, j) == lanes_of<L>(Tap<A>(row[i].first + t));
+        sum += won ? load_wide<L>(row[i].dy + j) : Lanes<A, L>{};
       }
-    }
     return sum;
   };
-  for (int64_t j = 0; j < ring.blocks * L; j += L) {
+  const int64_t whole = std::clamp<int64_t>(end - (stride - 1 + pad) / stride, 0, x.in / stride);
+  for_blocks(0, whole, [&](auto lanes, int64_t m) {
+    constexpr int L = lanes;
     if constexpr (kStride == 1) {
-      store_lanes(ring.sums + j, phase_sum(j, 0));
-    } else if constexpr (kStride == 2) {
-      const V even = phase_sum(j, 0), odd = phase_sum(j, 1);
+      store_narrow<L>(dx + m, sum(lanes, m, 0));
+    } else if constexpr (kStride == 2 && L > 1) {
+      const auto even = sum(lanes, m, 0), odd = sum(lanes, m, 1);
       constexpr std::make_integer_sequence<int, L> all;
-      store_lanes(ring.sums + 2 * j, interleave<0>(even, odd, all));
-      store_lanes(ring.sums + 2 * j + L, interleave<L / 2>(even, odd, all));
+      store_narrow<L>(dx + 2 * m, interleave<0>(even, odd, all));
+      store_narrow<L>(dx + 2 * m + L, interleave<L / 2>(even, odd, all));
     } else {
-      for (int phase = 0; phase < stride; phase++) {
-        const V sum = phase_sum(j, phase);
-        for (int i = 0; i < L; i++) ring.sums[(j + i) * stride + phase] = sum[i];
+      for (int e = 0; e < stride; e++) {
+        const auto v = sum(lanes, m, e);
+        for (int i = 0; i < L; i++) dx[(m + i) * stride + e] = T(v[i]);
       }
     }
-  }
+  });
+  constexpr std::integral_constant<int, 1> one;
+  for (int64_t i = whole * stride; i < x.in; i++) dx[i] = T(sum(one, i / stride, int(i % stride))[0]);
 }
 
-template <class T>
-void sum_row(const PoolAxis& x, const Ring<T>& ring, int rows) {
-  const int k = x.dilation == 1 ? x.kernel : 0;
-  if (x.stride == 2 && k == 3) return sum_row<2, 3>(x, x.kernel, ring, rows);
-  if (x.stride == 2 && k == 2) return sum_row<2, 2>(x, x.kernel, ring, rows);
-  if (x.stride == 1 && k == 3) return sum_row<1, 3>(x, x.kernel, ring, rows);
-  if (x.stride == 2) return sum_row<2, 0>(x, x.kernel, ring, rows);
-  if (x.stride == 1) return sum_row<1, 0>(x, x.kernel, ring, rows);
-  return sum_row<0, 0>(x, x.kernel, ring, rows);
-}
-
-template <class T>
-void gather_plane(const MaxPool2dBackward& a, const Ring<T>& ring, const Windows* windows, int64_t plane, int begin,
+template <int kStride, int kKernel, int kPad, int kBytes, class T>
+void gather_plane(const MaxPool2dBackward a, const Ring<T> ring, const AxisWindows windows, int64_t plane, int begin,
                   int end) {
-  const PoolShape& s = a.shape;
-  const int slots = int(ring.slots);
-  int turn = windows[begin].first / slots * slots;  // slot 0's row, at the first of an input
-  std::fill(ring.held, ring.held + slots, -1);
+  const PoolShape s = a.shape;  // a copy, as stores may change what is referred to
+  const int slots = int(ring.slots), bytes = ring.bytes, skip = s.x.pad / s.x.stride;
+  const int64_t readable = slots ? s.x.in : s.x.out - skip, first = plane * s.y.out;
+  const T* const dy = static_cast<const T*>(a.dy);
+  const char* const offset = static_cast<const char*>(a.offset);
+  int turn = 0, fetched = 0;  // slot 0's row; one past the last row that is in the ring
+  const int last = s.y.end_window(end - 1);
   for (int iy = begin; iy < end; iy++) {
-    int rows = 0;
-    while (windows[iy].first - turn >= slots) turn += slots;
-    for (int oy = windows[iy].first; oy < windows[iy].end; oy++) {
-      const int below = iy - s.y.begin(oy), slot = oy - turn - (oy - turn < slots ? 0 : slots);
-      if (s.y.dilation != 1 && below % s.y.dilation) continue;
-      if (ring.held[slot] != oy) ring.fetch(a, plane, oy, slot);
-      const int row = s.y.dilation == 1 ? below : below / s.y.dilation;
-      ring.rows[rows++] = {slot * ring.pitch + ring.margin, Tap<Accumulate<T>>(row) * s.x.kernel};
+    const Windows w = windows.of[iy];
+    auto slot = [&](int oy) { return oy - turn - (oy - turn < slots ? 0 : slots); };
+    if (slots && w.count) {
+      while (w.from - turn >= slots) turn += slots;
+      if (w.first + (w.count - 1) * windows.next >= fetched) {
+        fetched = std::max(fetched, w.from);
+        for (const int until = std::min(last, w.from + slots); fetched < until; fetched++)
+          ring.fetch(a, (first + fetched) * s.x.out, slot(fetched));
+      }
     }
+    // By members, as vectors of what was stored piece by piece would wait for the stores.
+    auto set_row = [&](int i, Row<T>& row) __attribute__((always_inline)) {
+      const int oy = w.first + i * windows.next;
+      const int64_t at = skip + (slots ? slot(oy) * ring.pitch + ring.margin : (first + oy) * s.x.out);
+      row.dy = (slots ? ring.dy : dy) + at;
+      row.offset = (slots ? ring.offset : offset) + at * bytes;
+      row.first = Tap<Accumulate<T>>(w.tap - i * windows.less) * s.x.kernel;
+    };
     T* const dx = static_cast<T*>(a.dx) + (plane * s.y.in + iy) * s.x.in;
-    sum_row(s.x, ring, rows);
-    if constexpr (std::is_same_v<T, Accumulate<T>>)
-      std::memcpy(dx, ring.sums + s.x.pad, sizeof(T) * s.x.in);
-    else
-      narrow_row(ring.sums + s.x.pad, dx, s.x.in);
+    auto gather = [&](auto rows) __attribute__((always_inline)) {
+      Row<T> few[rows + 1];  // in registers, where they are few
+      Row<T>* const all = rows ? few : ring.rows;
+#pragma GCC unroll 4
+      for (int i = 0; i < (rows ? rows : w.count); i++) set_row(i, all[i]);
+      gather_row<kStride, kKernel, kPad, rows, kBytes>(s.x, bytes, all, w.count, readable, dx);
+    };
+    switch (kKernel ? w.count : 0) {
+      case 1: gather(std::integral_constant<int, kKernel ? 1 : 0>()); break;
+      case 2: gather(std::integral_constant<int, kKernel ? 2 : 0>()); break;
+      case 3: gather(std::integral_constant<int, kKernel ? 3 : 0>()); break;
+      default: gather(std::integral_constant<int, 0>());
+    }
   }
 }
 
 template <class T>
-void gather_planes(const MaxPool2dBackward& a, const Windows* windows, char* scratch) {
+void gather_planes(const MaxPool2dBackward& a, const AxisWindows& windows, char* scratch) {
   const PoolShape& s = a.shape;
   size_t bytes = 0;
   Ring<T>(s, {nullptr}, &bytes);
-  const int64_t bands = std::clamp<int64_t>(4 * a.threads / s.n, 1, a.threads == 1 ? 1 : s.y.in);
-  const int64_t band = (s.y.in + bands - 1) / bands;
   parallel(a.threads, [&](Team team) {
     const Ring<T> ring(s, {scratch + team.rank * bytes});
     ring.clear();
-    team.for_each(s.n * bands, [&](int64_t task) {
-      const int begin = int(std::min<int64_t>(task % bands * band, s.y.in)),
-                end = int(std::min<int64_t>(begin + band, s.y.in));
-      if (begin < end) gather_plane(a, ring, windows, task / bands, begin, end);
+    for_rows(team, s.n, s.y.in, [&](int64_t plane, int begin, int end) {
+      auto gather = [&](auto stride, auto kernel, auto pad, auto bytes) {
+        gather_plane<stride, kernel, pad, bytes>(a, ring, windows, plane, begin, end);
+      };
+      constexpr std::integral_constant<int, 0> _0;
+      constexpr std::integral_constant<int, 1> _1;
+      constexpr std::integral_constant<int, 2> _2;
+      constexpr std::integral_constant<int, 3> _3;
+      const int stride = s.x.stride, kernel = s.x.dilation == 1 ? s.x.kernel : 0;
+      const bool odd = s.x.pad % 2;
+      if (ring.bytes != 1) return gather(_0, _0, _0, _0);
+      if (stride == 1) return kernel == 3 ? gather(_1, _3, _0, _1) : gather(_1, _0, _0, _1);
+      if (stride != 2) return gather(_0, _0, _0, _1);
+      if (kernel == 3) return odd ? gather(_2, _3, _1, _1) : gather(_2, _3, _0, _1);
+      if (kernel == 2) return odd ? gather(_2, _2, _1, _1) : gather(_2, _2, _0, _1);
+      odd ? gather(_2, _0, _1, _1) : gather(_2, _0, _0, _1);
     });
   });
 }
 
 // ---- Channels -------------------------------------------------------------------------------------------------------
 
-template <int L, int kVectors, int kBytes, class T>
-[[gnu::always_inline]] inline void gather_channels(const MaxPool2dBackward& a, int64_t n, int iy, int ix, Windows rows,
-                                                   Windows columns, int64_t channel) {
-  using A = Accumulate<T>;
-  const PoolShape& s = a.shape;
-  const int bytes = s.offset_bytes();
-  Lanes<A, L> sum[kVectors] = {};
-  for (int oy = rows.first; oy < rows.end; oy++) {
-    const int below = iy - s.y.begin(oy);
-    if (s.y.dilation != 1 && below % s.y.dilation) continue;
-    for (int ox = columns.first; ox < columns.end; ox++) {
-      const int beside = ix - s.x.begin(ox);
-      if (s.x.dilation != 1 && beside % s.x.dilation) continue;
-      const Tap<A> tap = below / s.y.dilation * s.x.kernel + beside / s.x.dilation;
-      const int64_t at = ((n * s.y.out + oy) * s.x.out + ox) * s.c + channel;
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; v++) {
-        const auto won = load_offsets<kBytes, L, A>(a.offset, bytes, at + v * L) == lanes_of<L>(tap);
-        sum[v] += won ? load_wide<L>(static_cast<const T*>(a.dy) + at + v * L) : Lanes<A, L>{};
-      }
-    }
-  }
-  T* const dx = static_cast<T*>(a.dx) + ((n * s.y.in + iy) * s.x.in + ix) * s.c + channel;
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectors; v++) store_narrow<L>(dx + v * L, sum[v]);
-}
-
-// windows: of every column of the input.
+// A row of input pixels.
 template <int kBytes, class T>
-void gather_pixels(const MaxPool2dBackward& a, int64_t n, int iy, Windows rows, const Windows* windows) {
+void gather_pixels(const MaxPool2dBackward& a, int64_t n, int iy, const AxisWindows& y, const AxisWindows x) {
+  using A = Accumulate<T>;
   constexpr int L = kPoolLanes, kVectors = 4;
-  const PoolShape& s = a.shape;
-  for (int ix = 0; ix < s.x.in; ix++) {
-    const Windows columns = windows[ix];
+  const PoolShape s = a.shape;  // a copy, as stores may change what is referred to
+  const int bytes = s.offset_bytes(), next = y.next, less = y.less;
+  const int64_t next_column = x.next * s.c;
+  const Windows rows = y.of[iy];
+  const int64_t first_row = (n * s.y.out + rows.first) * s.x.out;
+  const T* const dy = static_cast<const T*>(a.dy);
+  const void* const offset = a.offset;
+  T* const dx = static_cast<T*>(a.dx) + (n * s.y.in + iy) * s.x.in * s.c;
+  // L * kVectors channels of a pixel.
+  auto gather = [&](auto lanes, auto vectors, int ix, int64_t channel) __attribute__((always_inline)) {
+    constexpr int L = lanes, kVectors = vectors;
+    const Windows columns = x.of[ix];
+    Lanes<A, L> sum[kVectors] = {};
+    for (int i = 0; i < rows.count; i++) {
+      int64_t at = (first_row + int64_t(i) * next * s.x.out + columns.first) * s.c + channel;
+      Tap<A> tap = Tap<A>(rows.tap - i * less) * s.x.kernel + columns.tap;
+      for (int j = 0; j < columns.count; j++, at += next_column, tap -= x.less)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; v++) {
+          const auto won = load_offsets<kBytes, L, A>(offset, bytes, at + v * L) == lanes_of<L>(tap);
+          sum[v] += won ? load_wide<L>(dy + at + v * L) : Lanes<A, L>{};
+        }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) store_narrow<L>(dx + ix * s.c + channel + v * L, sum[v]);
+  };
+  constexpr std::integral_constant<int, 1> one;
+  int ix = 0;
+  // Fewer channels than lanes: what is too much lies in the next pixel, whose stores make it good.
+  auto spill = [&](auto lanes) __attribute__((always_inline)) {
+    const bool at_end = n == s.n - 1 && rows.first + (rows.count - 1) * next == s.y.out - 1;
+    if (at_end || s.c >= lanes || 2 * s.c <= lanes) return;
+    for (; ix + 1 < s.x.in; ix++) gather(lanes, one, ix, 0);
+  };
+  spill(std::integral_constant<int, L>()), spill(std::integral_constant<int, L / 2>());
+  if constexpr (L > 8) spill(std::integral_constant<int, L / 4>());
+  for (; ix < s.x.in; ix++) {
     int64_t c = 0;
     for (; c + kVectors * L <= s.c; c += kVectors * L)
-      gather_channels<L, kVectors, kBytes, T>(a, n, iy, ix, rows, columns, c);
-    for_blocks(c, s.c, [&](auto lanes, int64_t i) {
-      gather_channels<decltype(lanes)::value, 1, kBytes, T>(a, n, iy, ix, rows, columns, i);
-    });
+      gather(std::integral_constant<int, L>(), std::integral_constant<int, kVectors>(), ix, c);
+    for_blocks(c, s.c, [&](auto lanes, int64_t i) __attribute__((always_inline)) { gather(lanes, one, ix, i); });
   }
 }
 
@@ -220,7 +260,7 @@ void gather_pixels(const MaxPool2dBackward& a, int64_t n, int iy, Windows rows, 
 
 size_t max_pool2d_backward_workspace(const MaxPool2dBackward& a) {
   PoolScratch scratch{nullptr};
-  scratch.take<Windows>(a.shape.y.in), scratch.take<Windows>(a.shape.x.in);
+  AxisWindows(a.shape.y, scratch), AxisWindows(a.shape.x, scratch);
   size_t bytes = 0;
   if (a.shape.c == 1) with_type(a.dtype, [&](auto zero) { Ring<decltype(zero)>(a.shape, {nullptr}, &bytes); });
   return scratch.used + bytes * a.threads;
@@ -230,17 +270,14 @@ void max_pool2d_backward(const MaxPool2dBackward& a) {
   const PoolShape& s = a.shape;
   prefer_huge_pages(a.dx, size_t(s.inputs() * size_of(a.dtype)));
   PoolScratch scratch{static_cast<char*>(a.workspace)};
-  Windows *const rows = scratch.take<Windows>(s.y.in), *const columns = scratch.take<Windows>(s.x.in);
-  fill_windows(s.y, rows), fill_windows(s.x, columns);
+  const AxisWindows y(s.y, scratch), x(s.x, scratch);
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (s.c == 1) return gather_planes<T>(a, rows, scratch.at + scratch.used);
+    if (s.c == 1) return gather_planes<T>(a, y, scratch.at + scratch.used);
     parallel(a.threads, [&](Team team) {
-      team.for_each(s.n * s.y.in, [&](int64_t task) {
-        const int64_t n = task / s.y.in;
-        const int iy = int(task % s.y.in);
-        s.offset_bytes() == 1 ? gather_pixels<1, T>(a, n, iy, rows[iy], columns)
-                              : gather_pixels<0, T>(a, n, iy, rows[iy], columns);
+      for_rows(team, s.n, s.y.in, [&](int64_t n, int begin, int end) {
+        for (int iy = begin; iy < end; iy++)
+          s.offset_bytes() == 1 ? gather_pixels<1, T>(a, n, iy, y, x) : gather_pixels<0, T>(a, n, iy, y, x);
       });
     });
   });

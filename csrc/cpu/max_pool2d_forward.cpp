@@ -1,6 +1,7 @@
 // Max-pooling forward on the CPU; ../max_pool2d.h has the rules.
 //
-// Planes: a row of the input is reduced to the maxima of the windows' columns, once, and these rows to rows of the
+// Planes, 2 x 2 and 3 x 3 windows: every block of outputs takes its taps in registers.
+// Planes, others: a row of the input is reduced to the maxima of the windows' columns, once, and these to a row of the
 //   output.  In that order the first of equal values and the last NaN win by themselves, without comparing positions.
 //   The reduced rows that later windows need stay in a ring in the L1 cache.
 // Channels ([n][h][w][c]): every output pixel takes its windows' pixels, some channels at a time, in registers.
@@ -74,7 +75,7 @@ struct Inside {
 };
 
 // value[o], tap[o] = the maximum of the columns of window o in this row of the input, and which column it is.
-template <int kStride, int kKernel, bool kTaps, class A>
+template <int kStride, bool kTaps, class A>
 void reduce_row(const A* row, const PoolAxis& x, Inside inside, A* value, Tap<A>* tap) {
   auto edge = [&](int o) {  // in vectors of the same number, as branches would be taken at random
     constexpr int L = 16 / sizeof(A);
@@ -95,12 +96,7 @@ void reduce_row(const A* row, const PoolAxis& x, Inside inside, A* value, Tap<A>
       else
         best.take(strided<L, kStride>(p, at, x.stride));
     };
-    if constexpr (kKernel != 0) {
-#pragma GCC unroll 4
-      for (int t = 1; t < kKernel; t++) take(t, t);
-    } else {
-      for (int t = 1; t < x.kernel; t++) take(t, int64_t(t) * x.dilation);
-    }
+    for (int t = 1; t < x.kernel; t++) take(t, int64_t(t) * x.dilation);
     store_lanes(value + o, best.value);
     if constexpr (kTaps) store_lanes(tap + o, best.label[0]);
   });
@@ -109,12 +105,9 @@ void reduce_row(const A* row, const PoolAxis& x, Inside inside, A* value, Tap<A>
 
 template <bool kTaps, class A>
 void reduce_row(const A* row, const PoolAxis& x, Inside inside, A* value, Tap<A>* tap) {
-  if (x.stride == 2 && x.kernel == 3 && x.dilation == 1) return reduce_row<2, 3, kTaps>(row, x, inside, value, tap);
-  if (x.stride == 2 && x.kernel == 2 && x.dilation == 1) return reduce_row<2, 2, kTaps>(row, x, inside, value, tap);
-  if (x.stride == 1 && x.kernel == 3 && x.dilation == 1) return reduce_row<1, 3, kTaps>(row, x, inside, value, tap);
-  if (x.stride == 2 && x.kernel > 1) return reduce_row<2, 0, kTaps>(row, x, inside, value, tap);
-  if (x.stride == 1) return reduce_row<1, 0, kTaps>(row, x, inside, value, tap);
-  return reduce_row<0, 0, kTaps>(row, x, inside, value, tap);
+  if (x.stride == 2 && x.kernel > 1) return reduce_row<2, kTaps>(row, x, inside, value, tap);
+  if (x.stride == 1) return reduce_row<1, kTaps>(row, x, inside, value, tap);
+  return reduce_row<0, kTaps>(row, x, inside, value, tap);
 }
 
 // Indices from labels: what the tap adds to where the window begins, or in a huge plane the tap's number.
@@ -218,22 +211,98 @@ void pool_plane(const MaxPool2dForward& a, const Ring<T>& ring, int64_t plane, i
   }
 }
 
+// Rows of windows of kKernel x kKernel taps.
+template <int kStride, int kKernel, bool kOffset, bool kIndex, class T>
+void pool_small(const MaxPool2dForward a, int64_t plane, int begin, int end) {  // a: a copy, as stores may change it
+  using A = Accumulate<T>;
+  const PoolShape s = a.shape;
+  const Inside inside(s.x);
+  const T* const x = static_cast<const T*>(a.x) + plane * s.y.in * s.x.in;
+  for (int oy = begin; oy < end; oy++) {
+    const int64_t to = (plane * s.y.out + oy) * s.x.out;
+    const T* const window = x + int64_t(s.y.begin(oy)) * s.x.in;
+    const int from = s.y.first_tap(oy), until = s.y.end_tap(oy);
+    auto with_labels = [&](auto lanes, int r, int t, auto with) __attribute__((always_inline)) {
+      const auto offset = lanes_of<lanes>(Tap<A>(r * kKernel + t)), index = lanes_of<lanes>(Tap<A>(r) * s.x.in + t);
+      if constexpr (kOffset && kIndex)
+        with(offset, index);
+      else if constexpr (kOffset)
+        with(offset);
+      else if constexpr (kIndex)
+        with(index);
+      else
+        with();
+    };
+    auto store = [&](auto lanes, int64_t o, const auto& best) __attribute__((always_inline)) {
+      constexpr int L = lanes;
+      store_narrow<L>(static_cast<T*>(a.y) + to + o, best.value);
+      if constexpr (kOffset) store_lanes(static_cast<uint8_t*>(a.offset) + to + o, lowest_bytes<L>(best.label[0]));
+      if constexpr (kIndex) store_indices<L>(a, to + o, oy, o, best.label[kOffset] + Tap<A>(s.y.begin(oy)) * s.x.in);
+    };
+    auto block = [&](auto whole, auto lanes, int64_t o) __attribute__((always_inline)) {
+      constexpr int L = lanes;
+      const T* const p = window + (o * kStride - s.x.pad);
+      const int first = whole ? 0 : from, last = whole ? kKernel : until;
+      Best<A, L, kOffset + kIndex> best;
+#pragma GCC unroll 4
+      for (int r = first; r < last; r++)
+#pragma GCC unroll 4
+        for (int t = 0; t < kKernel; t++) {
+          const auto v = strided<L, kStride>(p + int64_t(r) * s.x.in, t, kStride);
+          with_labels(lanes, r, t, [&](const auto&... labels) __attribute__((always_inline)) {
+            if (r == first && t == 0)
+              best = {v, {labels...}};
+            else
+              best.take(v, labels...);
+          });
+        }
+      store(lanes, o, best);
+    };
+    auto edge = [&](int o) {
+      constexpr std::integral_constant<int, 16 / sizeof(A)> same;  // in vectors, as branches would be taken at random
+      const int first = s.x.first_tap(o), last = s.x.end_tap(o);
+      Best<A, same, kOffset + kIndex> best;
+      for (int r = from; r < until; r++)
+        for (int t = first; t < last; t++) {
+          const auto v = lanes_of<same>(A(window[int64_t(r) * s.x.in + position(s.x, o, t)]));
+          with_labels(same, r, t, [&](const auto&... labels) __attribute__((always_inline)) {
+            if (r == from && t == first)
+              best = {v, {labels...}};
+            else
+              best.take(v, labels...);
+          });
+        }
+      Best<A, 1, kOffset + kIndex> one;
+      one.value[0] = best.value[0];
+      for (int i = 0; i < kOffset + kIndex; i++) one.label[i][0] = best.label[i][0];
+      store(std::integral_constant<int, 1>(), o, one);
+    };
+    for (int o = 0; o < inside.begin; o++) edge(o);
+    auto blocks = [&](auto whole) __attribute__((always_inline)) {
+      for_blocks(inside.begin, inside.end,
+                 [&](auto lanes, int64_t o) __attribute__((always_inline)) { block(whole, lanes, o); });
+    };
+    until - from == kKernel ? blocks(std::true_type()) : blocks(std::false_type());
+    for (int o = inside.end; o < s.x.out; o++) edge(o);
+  }
+}
+
 template <class T>
 void pool_planes(const MaxPool2dForward& a) {
   const PoolShape& s = a.shape;
+  const int stride = s.x.stride, kernel = s.x.kernel;
+  const bool small = !is_huge(s) && kernel == s.y.kernel && s.x.dilation == 1 && s.y.dilation == 1;
   size_t bytes = 0;
   Ring<T>(s, {nullptr}, &bytes);
-  // Few planes are cut, at the price of rows that are reduced twice.
-  const int64_t bands = std::clamp<int64_t>(4 * a.threads / s.n, 1, a.threads == 1 ? 1 : s.y.out);
-  const int64_t band = (s.y.out + bands - 1) / bands;
   parallel(a.threads, [&](Team team) {
     const Ring<T> ring(s, {static_cast<char*>(a.workspace) + team.rank * bytes});
-    team.for_each(s.n * bands, [&](int64_t task) {
-      const int begin = int(std::min<int64_t>(task % bands * band, s.y.out)),
-                end = int(std::min<int64_t>(begin + band, s.y.out));
-      const int64_t plane = task / bands;
-      with_wanted(a,
-                  [&](auto offset, auto index) { pool_plane<offset.value, index.value>(a, ring, plane, begin, end); });
+    for_rows(team, s.n, s.y.out, [&](int64_t plane, int begin, int end) {
+      with_wanted(a, [&](auto offset, auto index) {
+        if (small && stride == 2 && kernel == 2) return pool_small<2, 2, offset, index, T>(a, plane, begin, end);
+        if (small && stride == 2 && kernel == 3) return pool_small<2, 3, offset, index, T>(a, plane, begin, end);
+        if (small && stride == 1 && kernel == 3) return pool_small<1, 3, offset, index, T>(a, plane, begin, end);
+        pool_plane<offset.value, index.value>(a, ring, plane, begin, end);
+      });
     });
   });
 }
@@ -319,10 +388,10 @@ void max_pool2d_forward(const MaxPool2dForward& a) {
     using T = decltype(zero);
     if (s.c == 1) return pool_planes<T>(a);
     parallel(a.threads, [&](Team team) {
-      team.for_each(s.n * s.y.out, [&](int64_t task) {
-        const int64_t n = task / s.y.out;
-        const int oy = int(task % s.y.out);
-        with_wanted(a, [&](auto offset, auto index) { pool_pixels<offset.value, index.value, T>(a, n, oy); });
+      for_rows(team, s.n, s.y.out, [&](int64_t n, int begin, int end) {
+        with_wanted(a, [&](auto offset, auto index) {
+          for (int oy = begin; oy < end; oy++) pool_pixels<offset.value, index.value, T>(a, n, oy);
+        });
       });
     });
   });

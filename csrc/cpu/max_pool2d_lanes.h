@@ -1,12 +1,14 @@
 // What the max-pooling kernels compute with: vectors of any power of two of lanes, in the compiler's own vector types,
 // as at::vec has one size only and rows are often shorter; and rows of 16-bit types as float32.
 #pragma once
+#include <algorithm>
 #include <cstring>
 #include <limits>
 #include <type_traits>
 #include <utility>
 
 #include "../max_pool2d.h"
+#include "parallel.h"
 #include "vector.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
@@ -35,28 +37,6 @@ template <int L, class T>
 template <class T, class V>
 [[gnu::always_inline]] inline void store_lanes(T* p, V v) {
   std::memcpy(p, &v, sizeof(v));
-}
-
-// Every other one of 2 L elements.
-template <int kFirst, int L, class T, int... i>
-[[gnu::always_inline]] inline Lanes<T, L> every_other(const T* p, std::integer_sequence<int, i...>) {
-  return __builtin_shufflevector(load_lanes<L>(p), load_lanes<L>(p + L), (2 * i + kFirst)...);
-}
-
-// p[at + i * stride] for every lane i; kStride is the stride, or 0 where it is only known when the program runs.
-// Touches nothing beside the elements from p[0] to the last of them.  With a stride of 2, p[1] is there.
-template <int L, int kStride, class T>
-[[gnu::always_inline]] inline Lanes<T, L> strided(const T* p, int64_t at, int64_t stride) {
-  if constexpr (kStride == 1) {
-    return load_lanes<L>(p + at);
-  } else if constexpr (kStride == 2) {
-    constexpr std::make_integer_sequence<int, L> lanes;
-    return at == 0 ? every_other<0, L>(p, lanes) : every_other<1, L>(p + at - 1, lanes);
-  } else {
-    Lanes<T, L> v;
-    for (int i = 0; i < L; i++) v[i] = p[at + i * stride];
-    return v;
-  }
 }
 
 // f(L, i) for blocks that cover [begin, end), the last of which may overlap the one before.
@@ -135,6 +115,28 @@ template <int L, class T>
   } else {
     Lanes<float, L> v;
     for (int i = 0; i < L; i++) v[i] = float(p[i]);
+    return v;
+  }
+}
+
+// Every other one of 2 L elements.
+template <int kFirst, int L, class T, int... i>
+[[gnu::always_inline]] inline auto every_other(const T* p, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(load_wide<L>(p), load_wide<L>(p + L), (2 * i + kFirst)...);
+}
+
+// p[at + i * stride] for every lane i; kStride is the stride, or 0 where it is only known when the program runs.
+// Touches nothing beside the elements from p[0] to the last of them.  With a stride of 2, p[1] is there.
+template <int L, int kStride, class T>
+[[gnu::always_inline]] inline Lanes<Accumulate<T>, L> strided(const T* p, int64_t at, int64_t stride) {
+  if constexpr (kStride == 1) {
+    return load_wide<L>(p + at);
+  } else if constexpr (kStride == 2) {
+    constexpr std::make_integer_sequence<int, L> lanes;
+    return at == 0 ? every_other<0, L>(p, lanes) : every_other<1, L>(p + at - 1, lanes);
+  } else {
+    Lanes<Accumulate<T>, L> v;
+    for (int i = 0; i < L; i++) v[i] = Accumulate<T>(p[at + i * stride]);
     return v;
   }
 }
@@ -220,6 +222,20 @@ template <int kBytes, int L, class A>
     case 2: return __builtin_convertvector(load_lanes<L>(static_cast<const int16_t*>(p) + i), V);
     default: return __builtin_convertvector(load_lanes<L>(static_cast<const int32_t*>(p) + i), V);
   }
+}
+
+// body(plane, begin, end) for all rows of all planes: whole planes if there are enough of them for the team, else
+// bands.
+template <class F>
+inline void for_rows(Team team, int64_t planes, int rows, F body) {
+  const int64_t tasks = team.size == 1 ? 1 : 16 * team.size;
+  const int64_t bands = std::clamp<int64_t>(tasks / planes, 1, rows), groups = std::min(planes, tasks);
+  team.for_each(groups * bands, [&](int64_t task) {
+    const int64_t group = task / bands, band = task % bands;
+    const int64_t end = planes * (group + 1) / groups;
+    const int first_row = int(rows * band / bands), end_row = int(rows * (band + 1) / bands);
+    for (int64_t plane = planes * group / groups; plane < end; plane++) body(plane, first_row, end_row);
+  });
 }
 
 // Memory for each thread, in pieces of whole cache lines.
