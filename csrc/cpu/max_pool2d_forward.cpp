@@ -1,6 +1,6 @@
 // Max-pooling forward on the CPU; ../max_pool2d.h has the rules.
 //
-// Planes, 2 x 2 and 3 x 3 windows: every block of outputs takes its taps in registers.
+// Planes, 2 x 2 windows, and 3 x 3 but of 16-bit types: every block of outputs takes its taps in registers.
 // Planes, others: a row of the input is reduced to the maxima of the windows' columns, once, and these to a row of the
 //   output.  In that order the first of equal values and the last NaN win by themselves, without comparing positions.
 //   The reduced rows that later windows need stay in a ring in the L1 cache.
@@ -75,7 +75,7 @@ struct Inside {
 };
 
 // value[o], tap[o] = the maximum of the columns of window o in this row of the input, and which column it is.
-template <int kStride, bool kTaps, class A>
+template <int kStride, int kKernel, bool kTaps, class A>
 void reduce_row(const A* row, const PoolAxis& x, Inside inside, A* value, Tap<A>* tap) {
   auto edge = [&](int o) {  // in vectors of the same number, as branches would be taken at random
     constexpr int L = 16 / sizeof(A);
@@ -96,7 +96,12 @@ void reduce_row(const A* row, const PoolAxis& x, Inside inside, A* value, Tap<A>
       else
         best.take(strided<L, kStride>(p, at, x.stride));
     };
-    for (int t = 1; t < x.kernel; t++) take(t, int64_t(t) * x.dilation);
+    if constexpr (kKernel != 0) {
+#pragma GCC unroll 4
+      for (int t = 1; t < kKernel; t++) take(t, t);
+    } else {
+      for (int t = 1; t < x.kernel; t++) take(t, int64_t(t) * x.dilation);
+    }
     store_lanes(value + o, best.value);
     if constexpr (kTaps) store_lanes(tap + o, best.label[0]);
   });
@@ -105,9 +110,11 @@ void reduce_row(const A* row, const PoolAxis& x, Inside inside, A* value, Tap<A>
 
 template <bool kTaps, class A>
 void reduce_row(const A* row, const PoolAxis& x, Inside inside, A* value, Tap<A>* tap) {
-  if (x.stride == 2 && x.kernel > 1) return reduce_row<2, kTaps>(row, x, inside, value, tap);
-  if (x.stride == 1) return reduce_row<1, kTaps>(row, x, inside, value, tap);
-  return reduce_row<0, kTaps>(row, x, inside, value, tap);
+  if (x.stride == 2 && x.kernel == 3 && x.dilation == 1) return reduce_row<2, 3, kTaps>(row, x, inside, value, tap);
+  if (x.stride == 1 && x.kernel == 3 && x.dilation == 1) return reduce_row<1, 3, kTaps>(row, x, inside, value, tap);
+  if (x.stride == 2 && x.kernel > 1) return reduce_row<2, 0, kTaps>(row, x, inside, value, tap);
+  if (x.stride == 1) return reduce_row<1, 0, kTaps>(row, x, inside, value, tap);
+  return reduce_row<0, 0, kTaps>(row, x, inside, value, tap);
 }
 
 // Indices from labels: what the tap adds to where the window begins, or in a huge plane the tap's number.
@@ -299,8 +306,10 @@ void pool_planes(const MaxPool2dForward& a) {
     for_rows(team, s.n, s.y.out, [&](int64_t plane, int begin, int end) {
       with_wanted(a, [&](auto offset, auto index) {
         if (small && stride == 2 && kernel == 2) return pool_small<2, 2, offset, index, T>(a, plane, begin, end);
-        if (small && stride == 2 && kernel == 3) return pool_small<2, 3, offset, index, T>(a, plane, begin, end);
-        if (small && stride == 1 && kernel == 3) return pool_small<1, 3, offset, index, T>(a, plane, begin, end);
+        if constexpr (!Ring<T>::kWidens) {  // 16-bit rows would be widened for each window that they are in
+          if (small && stride == 2 && kernel == 3) return pool_small<2, 3, offset, index, T>(a, plane, begin, end);
+          if (small && stride == 1 && kernel == 3) return pool_small<1, 3, offset, index, T>(a, plane, begin, end);
+        }
         pool_plane<offset.value, index.value>(a, ring, plane, begin, end);
       });
     });
