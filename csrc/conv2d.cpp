@@ -131,6 +131,7 @@ ConvAlgorithm choose(std::string_view algorithm, const ConvShape& shape, ConvPas
 #define FASTNORM_CONV2D_RUN(Args, pass, ...)                                        \
   void run(ConvAlgorithm algorithm, Args args, const Tensor& like, Device device) { \
     args.threads = at::in_parallel_region() ? 1 : at::get_num_threads();            \
+    args.tf32 = at::globalContext().allowTF32CuBLAS();                              \
     FASTNORM_CONV2D_CUDA(pass)                                                      \
     FASTNORM_CONV2D_CPU(__VA_ARGS__)                                                \
   }
@@ -138,10 +139,12 @@ ConvAlgorithm choose(std::string_view algorithm, const ConvShape& shape, ConvPas
 FASTNORM_CONV2D_RUN(Conv2dForward, forward,
                     FASTNORM_CONV2D_CASE(kIm2col, im2col, forward)
                     FASTNORM_CONV2D_CASE(kDirect, direct, forward)
+                    FASTNORM_CONV2D_CASE(kDepthwise, depthwise, forward)
                     FASTNORM_CONV2D_CASE(kWinograd, winograd, forward))
 FASTNORM_CONV2D_RUN(Conv2dBackwardInput, backward_input,
                     FASTNORM_CONV2D_CASE(kIm2col, im2col, backward_input)
                     FASTNORM_CONV2D_CASE(kDirect, direct, backward_input)
+                    FASTNORM_CONV2D_CASE(kDepthwise, depthwise, backward_input)
                     FASTNORM_CONV2D_CASE(kWinograd, winograd, backward_input))
 FASTNORM_CONV2D_RUN(Conv2dBackwardWeight, backward_weight,
                     FASTNORM_CONV2D_CASE(kIm2col, im2col, backward_weight)

@@ -11,7 +11,7 @@
 // Algorithms (kernels for one of them say what they take):
 //   im2col     a matrix product with the columns (the taps' pixels) of a few outputs at a time; any convolution
 //   direct     few channels: vectors run along the image's rows; forward, and without strides the gradient to x
-//   depthwise  a group per channel
+//   depthwise  a group per channel, in channels_last: vectors run along the channels; not the gradient to the weight
 //   winograd   F(4x4, 3x3): 3x3 windows with stride 1 in a quarter of the multiplications, with 10 times the error
 #pragma once
 #include <cstddef>
@@ -94,9 +94,10 @@ struct Conv2dBackwardWeight {
 namespace cpu {
 FASTNORM_CONV2D_CPU_KERNELS(im2col)
 FASTNORM_CONV2D_CPU_KERNELS(winograd)
-FASTNORM_CONV2D_CPU_KERNELS(depthwise)
 FASTNORM_CONV2D_CPU_KERNEL(direct, forward, Conv2dForward)
 FASTNORM_CONV2D_CPU_KERNEL(direct, backward_input, Conv2dBackwardInput)
+FASTNORM_CONV2D_CPU_KERNEL(depthwise, forward, Conv2dForward)
+FASTNORM_CONV2D_CPU_KERNEL(depthwise, backward_input, Conv2dBackwardInput)
 }  // namespace cpu
 
 #ifdef FASTNORM_CUDA

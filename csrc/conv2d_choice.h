@@ -14,20 +14,60 @@ inline bool computes(ConvAlgorithm algorithm, const ConvShape& s, ConvPass pass)
     case ConvAlgorithm::kWinograd: return is_3x3(s.y) && is_3x3(s.x) && s.dtype != DType::kFloat64;
     case ConvAlgorithm::kDirect:
       return pass == ConvPass::kForward || (pass == ConvPass::kBackwardInput && s.y.stride == 1 && s.x.stride == 1);
-    case ConvAlgorithm::kDepthwise: return s.ci == 1;
+    case ConvAlgorithm::kDepthwise:
+      return s.ci == 1 && s.co == 1 && s.channels_last && pass != ConvPass::kBackwardWeight;
     default: return true;
   }
 }
 
-// approximate: whether errors of 1e-5 of the largest result are accepted for speed.
+// What a choice looks at: channels of a group that are read and made, results, and tiles of 4x4 of them.
+struct ConvMeasure {
+  int64_t terms, made, results, tiles;
+
+  ConvMeasure(const ConvShape& s, ConvPass pass) {
+    const bool to_input = pass == ConvPass::kBackwardInput;
+    terms = to_input ? s.co : s.ci, made = to_input ? s.ci : s.co;
+    results = to_input ? s.inputs() : s.outputs();
+    const int64_t height = to_input ? s.y.in : s.y.out, width = to_input ? s.x.in : s.x.out;
+    tiles = s.n * ((height + 3) / 4) * ((width + 3) / 4);
+  }
+};
+
+// A row: an algorithm, where it is taken, and why.  The first that fits counts.
 inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate) {
 #ifdef FASTNORM_X86
-  if (cpu::isa() == cpu::Isa::kDefault) return ConvAlgorithm::kTorch;  // its kernels have vectors there too
+  if (cpu::isa() == cpu::Isa::kDefault) return ConvAlgorithm::kTorch;  // it has vectors there too
 #else
   return ConvAlgorithm::kTorch;
 #endif
   if (s.dtype != DType::kFloat32) return ConvAlgorithm::kTorch;
-  (void)pass, (void)approximate;
+  const ConvMeasure m(s, pass);
+  const bool planes = !s.channels_last, forward = pass == ConvPass::kForward,
+             to_weight = pass == ConvPass::kBackwardWeight;
+  auto takes = [&](ConvAlgorithm a, bool here) { return here && computes(a, s, pass); };
+  // Past the caches torch pays for page faults and for reading what it is going to overwrite.
+  const bool large = m.results * 4 > (int64_t(16) << 20);
+
+  // A quarter of the multiplications, if the filters' transform pays and there are channels to fill the vectors.
+  if (takes(ConvAlgorithm::kWinograd, approximate && m.tiles >= 24 && s.ci >= 16 && s.co >= 16))
+    return ConvAlgorithm::kWinograd;
+  // Groups of few channels leave the lanes of a matrix product empty; pixels fill them.
+  if (s.groups > 1) {
+    if (takes(ConvAlgorithm::kDepthwise, true)) return ConvAlgorithm::kDepthwise;
+    if (takes(ConvAlgorithm::kDirect, planes ? m.made <= 32 : m.made > 1 && m.made <= 8)) return ConvAlgorithm::kDirect;
+    if (planes && s.ci > 1) return ConvAlgorithm::kIm2col;
+    return ConvAlgorithm::kTorch;
+  }
+  // So do the first layers, and LeNet's.
+  if (takes(ConvAlgorithm::kDirect, planes && (m.terms <= 4 || m.made <= 4 || (m.terms <= 8 && m.made <= 8))))
+    return ConvAlgorithm::kDirect;
+  if (takes(ConvAlgorithm::kDirect, !planes && m.terms <= 4 && (m.made <= 8 || large || s.taps() * m.terms >= 75)))
+    return ConvAlgorithm::kDirect;
+  if (takes(ConvAlgorithm::kDirect, !planes && m.made <= 6)) return ConvAlgorithm::kDirect;
+  // oneDNN converts planes to layouts of its own and back, and turns channels_last weights' gradients round.
+  if (planes && m.terms >= 64 && m.made >= 64) return ConvAlgorithm::kIm2col;
+  if (to_weight && s.ci >= 16) return ConvAlgorithm::kIm2col;
+  if (forward && large && s.taps() == 1) return ConvAlgorithm::kIm2col;
   return ConvAlgorithm::kTorch;
 }
 
