@@ -27,9 +27,9 @@ lint: $(VENV)/.lint
 sanitize: $(INSTALLED)
 	$(BIN)/python tests/sanitize.py
 
-# Compiles the CUDA code for every supported GPU without having one.
+# Compiles the CUDA code for every supported GPU, or those of ARCHS=75,90, without having one.
 cuda-check: $(VENV)/.cuda-check
-	$(BIN)/python tests/cuda_check.py
+	$(BIN)/python tests/cuda_check.py $(if $(ARCHS),--archs $(ARCHS))
 
 # On a machine with a GPU; installs nothing and uses the interpreter that it is given.
 gpu-check:

@@ -164,7 +164,6 @@ void gather_plane(const MaxPool2dBackward a, const Ring<T> ring, const AxisWindo
     auto gather = [&](auto rows) __attribute__((always_inline)) {
       Row<T> few[rows + 1];  // in registers, where they are few
       Row<T>* const all = rows ? few : ring.rows;
-#pragma GCC unroll 4
       for (int i = 0; i < (rows ? rows : w.count); i++) set_row(i, all[i]);
       gather_row<kStride, kKernel, kPad, rows, kBytes>(s.x, bytes, all, w.count, readable, dx);
     };
