@@ -48,7 +48,7 @@ __device__ __forceinline__ void for_each_tap(const ConvShape& s, int64_t py, int
 
 // V channels of a pixel, one in each group; or one value, V = 1.
 template <class T, bool kBackward, int V>
-__global__ void __launch_bounds__(kSmallThreads) conv2d_small_kernel(SmallConv a, int64_t items) {
+__global__ void __launch_bounds__(kSmallThreads, 1) conv2d_small_kernel(SmallConv a, int64_t items) {
   using A = Accumulate<T>;
   int64_t item = int64_t(blockIdx.x) * kSmallThreads + threadIdx.x;
   if (item >= items) return;
