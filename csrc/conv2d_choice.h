@@ -63,10 +63,14 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate)
     return ConvAlgorithm::kDirect;
   if (takes(ConvAlgorithm::kDirect, !planes && m.terms <= 4 && (m.made <= 8 || large || s.taps() * m.terms >= 75)))
     return ConvAlgorithm::kDirect;
-  if (takes(ConvAlgorithm::kDirect, !planes && m.made <= 6)) return ConvAlgorithm::kDirect;
+  if (takes(ConvAlgorithm::kDirect, !planes && m.terms <= 16 && m.made <= 6)) return ConvAlgorithm::kDirect;
   // oneDNN converts planes to layouts of its own and back, and turns channels_last weights' gradients round.
-  if (planes && m.terms >= 64 && m.made >= 64) return ConvAlgorithm::kIm2col;
-  if (to_weight && s.ci >= 16) return ConvAlgorithm::kIm2col;
+  const bool strides = s.y.stride > 1 || s.x.stride > 1;
+  if (planes && m.terms >= 64 && m.made >= 64 && s.taps() <= 9) {
+    const bool many = s.ci * s.co >= 512 * 512 || (strides && s.taps() == 1);
+    return to_weight && s.taps() < 9 && many ? ConvAlgorithm::kTorch : ConvAlgorithm::kIm2col;
+  }
+  if (to_weight && !planes && s.ci >= 16) return ConvAlgorithm::kIm2col;
   if (forward && large && s.taps() == 1) return ConvAlgorithm::kIm2col;
   return ConvAlgorithm::kTorch;
 }
