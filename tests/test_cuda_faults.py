@@ -21,6 +21,7 @@ import pytest
 from cuda_emulator import build
 
 SOURCES = build.ROOT / "csrc/cuda"
+OPS = ("batch_norm", "group_norm", "layer_norm")  # what main() runs
 
 
 @dataclass
@@ -156,7 +157,7 @@ def run():
     kernels = {path.name: path for path in folder.glob("*.cu")}
 
     def run_fault(variant: str, fault: int) -> tuple[bool, str]:
-        library = build.build_module(variant, kernels, "fastnorm_faults")
+        library = build.build_module(variant, kernels, "fastnorm_faults", OPS)
         environment = {**os.environ, **build.sanitizer_environment(variant)}
         environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # torch warns that emulated operators take the place of others
         command = [sys.executable, __file__, str(library), str(fault)]

@@ -180,16 +180,24 @@ def torch_version() -> str:
     return torch.__version__
 
 
-def build_module(variant: str = "plain", replace: dict[str, Path] | None = None, name: str = "fastnorm_emu") -> Path:
+def build_module(
+    variant: str = "plain",
+    replace: dict[str, Path] | None = None,
+    name: str = "fastnorm_emu",
+    ops: tuple[str, ...] = ("",),
+) -> Path:
     """Builds the module of torch.ops.fastnorm_emu and returns its path.
 
     `replace` has other files to compile instead of some in csrc/cuda, by their name there: tests put faults into them.
+    `ops` are the beginnings of the names of the files that are wanted; all by default.
     """
     kernels = {p.name: p for p in sorted((ROOT / "csrc/cuda").glob("*.cu"))}
     kernels.update(replace or {})
+    kernels = {key: source for key, source in kernels.items() if key.startswith(ops)}
     if not kernels:
         raise Unavailable("there are no kernels in csrc/cuda")
-    host_files = [p for p in sorted((ROOT / "csrc").glob("*.cpp")) if p.name != "library.cpp"]
+    host_files = [p for p in sorted((ROOT / "csrc").glob("*.cpp")) if p.name.startswith(ops)]
+    host_files = [p for p in host_files if p.name != "library.cpp"]
     compile_torch, link_torch = torch_flags()
     jobs = []
     for key, source in kernels.items():
