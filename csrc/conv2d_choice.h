@@ -53,7 +53,8 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate)
     return ConvAlgorithm::kWinograd;
   // Groups of few channels leave the lanes of a matrix product empty; pixels fill them.
   if (s.groups > 1) {
-    if (takes(ConvAlgorithm::kDepthwise, true)) return ConvAlgorithm::kDepthwise;
+    if (takes(ConvAlgorithm::kDepthwise, s.taps() <= 9 && s.y.stride == 1 && s.x.stride == 1))
+      return ConvAlgorithm::kDepthwise;
     if (takes(ConvAlgorithm::kDirect, planes ? m.made <= 32 : m.made > 1 && m.made <= 8)) return ConvAlgorithm::kDirect;
     if (planes && s.ci > 1) return ConvAlgorithm::kIm2col;
     return ConvAlgorithm::kTorch;

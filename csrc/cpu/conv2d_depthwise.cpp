@@ -101,14 +101,16 @@ struct Depthwise {
     while (low < high && !whole(low)) low++;
     while (high > low && !whole(high - 1)) high--;
     if (gaps) low = high = 0;
-    for_packs<T>(channels, [&](int64_t c, auto count, auto) {
-      int64_t column = 0;
-      for (; column < low; column++) run_pixel(sample, to, row, column, c, count);
-      for (; column + kTogether <= high; column += kTogether)
+    auto one = [&](int64_t column) {
+      for_packs<T>(channels, [&](int64_t c, auto count, auto) { run_pixel(sample, to, row, column, c, count); });
+    };
+    int64_t column = 0;
+    for (; column < low; column++) one(column);
+    for (; column + kTogether <= high; column += kTogether)
+      for_packs<T>(channels, [&](int64_t c, auto count, auto) {
         run_pixels<kTogether>(sample, to, row, column, first, end, c, count);
-      for (; column < high; column++) run_pixels<1>(sample, to, row, column, first, end, c, count);
-      for (; column < x.out; column++) run_pixel(sample, to, row, column, c, count);
-    });
+      });
+    for (; column < x.out; column++) one(column);
   }
 
   void run() const {
