@@ -122,10 +122,18 @@ struct ConvView {
           continue;
         }
         std::fill_n(to, left * pitch, A(0));
+        prefetch_row(n, row + 1, column_begin + left, inside);
         read_pixels<T>(image + n * layout.channels * layout.pixels, layout, c0, c, row * x.in + column_begin + left,
                        inside, to + left * pitch, pitch);
         std::fill_n(to + (left + inside) * pitch, (width - left - inside) * pitch, A(0));
       }
+  }
+  // Planes' rows are too short for the hardware to see what comes next.
+  void prefetch_row(int64_t n, int64_t row, int64_t column, int64_t pixels) const {
+    if (layout.channels_last || row >= y.in) return;
+    const T* from = image + (n * layout.channels + c0) * layout.pixels + row * x.in + column;
+    for (int64_t i = 0; i < c; i++, from += layout.pixels)
+      for (int64_t j = 0; j < pixels; j += 64 / sizeof(T)) __builtin_prefetch(from + j, 0, 2);
   }
   const A* pixel(int64_t sample, int64_t row, int64_t column) const {
     if (copied)

@@ -135,18 +135,24 @@ struct Tiles {
 // A distance between neighbours in [point][tile][channel] for which these do not meet in few sets of the L1 cache.
 inline int64_t spread(int64_t channels) { return (channels + 31) / 32 * 32 + 16; }
 
-// to[point][tile][channel] = the transformed 6x6 pixels that each tile's results see.
+// Likewise from one point to the next: an odd number of cache lines, as a tile's 36 points are written together.
+inline int64_t spread_points(int64_t elements) { return ((elements + 15) / 16 | 1) * 16; }
+
+// to[point][tile][channel] = the transformed 6x6 pixels that each tile's results see; point: from one to the next.
 template <class T, class A = Accumulate<T>>
-void transform_input(const Tiles& tiles, int64_t block, const ConvView<T>& view, A* to, int64_t pitch) {
+void transform_input(const Tiles& tiles, int64_t block, const ConvView<T>& view, A* to, int64_t pitch, int64_t point) {
   using V = at::vec::Vectorized<A>;
-  const int64_t point = tiles.most() * pitch;
   tiles.for_each(block, [&](int64_t i, int64_t sample, int64_t row, int64_t column) {
     const A* pixel[kWindow][kWindow];
     for (int r = 0; r < kWindow; r++)
       for (int c = 0; c < kWindow; c++)
         pixel[r][c] = view.pixel_or_zeros(sample, view.y.begin(row) + r, view.x.begin(column) + c);
     A* const first = to + i * pitch;
+    const int64_t next_tile = kTile * view.layout.channels;
     auto run = [&](int64_t k, auto read) {
+      if (!view.copied && k % (64 / sizeof(A)) == 0)  // what the next tile's pixels add
+        for (int r = kWindow - kTile; r < kWindow; r++)
+          for (int c = kWindow - kTile; c < kWindow; c++) __builtin_prefetch(pixel[r][c] + next_tile + k, 0, 2);
       transform<InputTransform, V>([&](int r, int c) { return read(pixel[r][c] + k); },
                                    [&](int r, int c, V v) { v.store(first + (r * kWindow + c) * point + k); });
     };

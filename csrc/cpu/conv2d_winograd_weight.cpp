@@ -62,6 +62,9 @@ struct WeightGradient {
   int64_t sums_of_part() const { return s.groups * kPoints * point(); }
   int64_t slice(int64_t i) const { return s.co * i / slices; }
   int64_t dy_pitch() const { return spread((s.co + slices - 1) / slices); }
+  // From one point of a block's transformed pixels, or of dy's, to the next.
+  int64_t pixels_point() const { return spread_points(tiles.most() * pitch); }
+  int64_t gradients_point() const { return spread_points(tiles.most() * dy_pitch()); }
   size_t bytes() const { return shared_bytes + p.threads * thread_bytes; }
 
   void layout_shared(ConvScratch& scratch) {
@@ -77,8 +80,8 @@ struct WeightGradient {
       const ConvBlocks blocks = q.tiles.result_blocks();
       image = scratch.take<A>(q.plain ? 0 : ConvView<T>::elements(q.y, q.x, blocks, q.s.ci));
       dy = scratch.take<A>(q.plain ? 0 : blocks.samples * blocks.rows * q.x.out * q.dy_pitch());
-      pixels = scratch.take<A>(kPoints * q.tiles.most() * q.pitch);
-      gradients = scratch.take<A>(kPoints * q.tiles.most() * q.dy_pitch());
+      pixels = scratch.take<A>(kPoints * q.pixels_point());
+      gradients = scratch.take<A>(kPoints * q.gradients_point());
       bias = scratch.take<A>(q.dy_pitch());
     }
   };
@@ -92,7 +95,7 @@ struct WeightGradient {
       for (int64_t n = rows.sample; n < rows.sample_end; n++)
         read_pixels<T>(first + n * dy_layout.channels * dy_layout.pixels, dy_layout, channel, width, at, per_sample,
                        own.dy + (n - rows.sample) * per_sample * dy_pitch(), dy_pitch());
-    const int64_t step = tiles.most() * dy_pitch();
+    const int64_t step = gradients_point();
     std::fill_n(own.bias, dy_pitch(), A(0));
     tiles.for_each(block, [&](int64_t i, int64_t n, int64_t row, int64_t column) {
       const A* pixel[kTile][kTile];
@@ -126,12 +129,12 @@ struct WeightGradient {
   void add_block(int64_t block, bool first, int64_t group, int64_t begin, int64_t end, const Own& own, A* to) const {
     ConvView<T> view(y, x, x_layout, group * s.ci, s.ci, !plain, p.x, zeros, own.image, s.ci);
     view.read(tiles.result_rows(block));
-    transform_input(tiles, block, view, own.pixels, pitch);
+    transform_input(tiles, block, view, own.pixels, pitch, pixels_point());
     transform_dy(block, group * s.co + begin, end - begin, own);
     const int64_t count = tiles.for_each(block, [](auto...) {});
     for (int64_t i = 0; i < kPoints; i++) {
-      const A* const pixels = own.pixels + i * tiles.most() * pitch;
-      const A* const gradients = own.gradients + i * tiles.most() * dy_pitch();
+      const A* const pixels = own.pixels + i * pixels_point();
+      const A* const gradients = own.gradients + i * gradients_point();
       for (int64_t j = 0; j < row(); j += kColumns)
         for (int64_t o = begin; o < end; o += kTileRows)
           with_rows(std::min<int64_t>(kTileRows, end - o), [&](auto row_count) {
