@@ -64,8 +64,8 @@ def conv2d(
     Accuracy:
         Sums are in float32 (float64 for float64) and rounded once. Where
         :func:`torch.set_float32_matmul_precision` is set to "high" or "medium", float32 convolutions may take
-        Winograd's F(4x4, 3x3) on the CPU: within 3e-5 of the largest result. With "highest", torch's default, they
-        do not.
+        Winograd's F(4x4, 3x3) on the CPU: within 3e-5 of the largest result, and a NaN or infinity shows in all 16
+        results of a tile. With "highest", torch's default, they do not.
 
     Raises:
         RuntimeError: for shapes, dtypes or devices that do not go together, or a window that is not possible.
