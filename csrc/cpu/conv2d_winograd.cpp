@@ -20,9 +20,13 @@ namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace winograd {
 namespace {
 
-constexpr int64_t kTiles = 48, kManyTiles = 192;     // of a block; where filters do not fit into the cache
-constexpr int64_t kFilterBytes = int64_t(12) << 20;  // so many do
-constexpr int64_t kResults = 128;                    // channels that are worked on together
+constexpr int64_t kResults = 128;  // channels that are worked on together
+
+// Tiles of a block: each block reads all filters once more, and transforms them where they are too many for the cache.
+constexpr int64_t kManyFilters = int64_t(4) << 20, kMostFilters = int64_t(12) << 20;  // bytes
+constexpr int64_t tiles_together(int64_t filter_bytes) {
+  return filter_bytes > kMostFilters ? 192 : filter_bytes > kManyFilters ? 96 : 48;
+}
 
 template <class T>
 struct Product {
@@ -55,8 +59,8 @@ struct Product {
         panel_filters(kPoints * filters_point()),
         together(std::min(panels, kResults / kColumns)),
         plain(p.shape.channels_last && std::is_same_v<T, A>),
-        on_the_fly(groups * panels * panel_filters * int64_t(sizeof(A)) > kFilterBytes),
-        tiles(n, y.out, x.out, on_the_fly ? kManyTiles : kTiles),
+        on_the_fly(filter_bytes() > kMostFilters),
+        tiles(n, y.out, x.out, tiles_together(filter_bytes())),
         in_layout{groups * terms, int64_t(y.in) * x.in, p.shape.channels_last},
         out_layout{groups * results, int64_t(y.out) * x.out, p.shape.channels_last} {
     streaming = plain && results % kColumns == 0 && streams(p.out, kColumns * sizeof(A), out_bytes());
@@ -70,6 +74,7 @@ struct Product {
 
   int64_t out_bytes() const { return n * out_layout.channels * out_layout.pixels * int64_t(sizeof(T)); }
   size_t bytes() const { return shared_bytes + p.threads * thread_bytes; }
+  int64_t filter_bytes() const { return groups * panels * panel_filters * int64_t(sizeof(A)); }
   // From one point to the next of a panel's filters, of a block's pixels and of a panel's products.
   int64_t filters_point() const { return spread_points(terms * kColumns); }
   int64_t pixels_point() const { return spread_points(tiles.most() * pitch); }
@@ -124,20 +129,17 @@ struct Product {
   // products[panel][point] = pixels[point] filters[panel][point] for `width` panels.  What comes next is fetched
   // meanwhile: the next panel's filters, and a share of the next point's pixels.
   void multiply(const Own& own, int64_t count, int64_t width, const A* panel_filters_begin) const {
-    constexpr int64_t kLine = 64 / sizeof(A);
     const int64_t row_tiles = (count + kTileRows - 1) / kTileRows;
-    const int64_t filter_share = (terms * kColumns / kLine + row_tiles - 1) / row_tiles * kLine;
     for (int64_t point = 0; point < kPoints; point++) {
       const A* const pixels = own.pixels + point * pixels_point();
+      Ahead next_pixels{pixels + pixels_point(), count * pitch, row_tiles * width};
       for (int64_t i = 0; i < width; i++) {
         const A* const filter = panel_filters_begin + i * panel_filters + point * filters_point();
-        const A* next_filter = i + 1 < width ? filter + panel_filters : filter - i * panel_filters + filters_point();
+        Ahead next_filter{i + 1 < width ? filter + panel_filters : filter - i * panel_filters + filters_point(),
+                          terms * kColumns, row_tiles};
         A* const to = own.products + i * kPoints * products_point() + point * products_point();
-        for (int64_t m = 0; m < count; m += kTileRows, next_filter += filter_share) {
-          for (int64_t k = 0; k < filter_share; k += kLine) __builtin_prefetch(next_filter + k, 0, 2);
-          if (i + 1 == width)
-            for (int64_t k = m * pitch; k < (m + kTileRows) * pitch; k += kLine)
-              __builtin_prefetch(pixels + pixels_point() + k, 0, 2);
+        for (int64_t m = 0; m < count; m += kTileRows) {
+          next_pixels.step(), next_filter.step();
           with_rows(std::min<int64_t>(kTileRows, count - m), [&](auto row_count) {
             constexpr int R = row_count;
             const A* rows[R];
