@@ -2,7 +2,7 @@
 
 `auto` is what fastnorm takes; the other rows show what it chose from. With --precision high, as with
 torch.set_float32_matmul_precision("high"), Winograd's algorithm is among that. The share of copy is that of the fewest
-bytes, which few convolutions are bound by; what a pass needs beside its results is printed as "workspace".
+bytes, which few convolutions are bound by.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,18 +47,25 @@ SHAPES = {
 QUICK = (((32, 64, 64, 56), (3, 1, 1, 1)),)
 
 
-def algorithms(shape: tuple, window: tuple) -> Iterator[str]:
+def algorithms(shape: tuple, window: tuple, layout: str) -> Iterator[str]:
     """Those that are worth a look for a shape."""
     yield "auto"
     (_, ci, co, _), (kernel, stride, _, groups) = shape, window
-    if groups == ci:
-        yield "depthwise"
-    else:
+    if groups < ci:
         yield "im2col"
-    if groups == 1 and min(ci, co) <= 16:
+    elif layout == "nhwc":
+        yield "depthwise"
+    if min(ci, co) // groups <= 16:
         yield "direct"
     if kernel == 3 and stride == 1 and groups == 1:
         yield "winograd"
+
+
+def has_kernel(algorithm: str, what: str, stride: int) -> bool:
+    """Whether a pass has one of its own; where not, im2col's would be timed under another name."""
+    return {"direct": what == "forward" or (what == "to input" and stride == 1), "depthwise": what != "to weight"}.get(
+        algorithm, True
+    )
 
 
 class Bench:
@@ -115,8 +122,8 @@ class Bench:
 
         yield self.case(f"{algorithm} forward", floor, lambda f: f(x, weight, bias), forward, self.reference, tolerance)
         for name, mask in (("to input", [True, False, False]), ("to weight", [False, True, True])):
-            if (name == "to input" and x.shape[1] <= 3) or (name == "to weight" and algorithm == "direct"):
-                continue  # what nobody asks for, and what there is no kernel for
+            if (name == "to input" and x.shape[1] <= 3) or not has_kernel(algorithm, name, self.stride):
+                continue  # nobody asks for the gradient to an image
             digits = tolerance * (10 if name == "to weight" else 1)  # sums over all pixels
             yield self.case(f"{algorithm} {name}", floor, lambda f, m=mask: f(dy, x, weight, m), backward,
                             eager_backward, digits)  # fmt: skip
@@ -126,7 +133,7 @@ def cases(device: str, dtype: str, layout: str, against: list[str], quick: bool 
     """Every case of a device, dtype and layout ("nchw" or "nhwc"); quick: what the demo shows."""
     for shape, window in QUICK if quick else SHAPES:
         bench = Bench(shape, window, device, dtype, layout, against)
-        for algorithm in ("auto",) if quick or dtype != "float32" else algorithms(shape, window):
+        for algorithm in ("auto",) if quick or dtype != "float32" else algorithms(shape, window, layout):
             yield from bench.cases(algorithm)
     if layout == "nchw" and not quick:  # what a call costs beside the work
         bench = Bench((1, 2, 2, 4), (1, 1, 0, 1), device, dtype, layout, [a for a in against if a == "eager"])

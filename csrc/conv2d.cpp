@@ -83,22 +83,21 @@ ConvShape shape_of(const Tensor& x, const Tensor& weight, const ConvWindow& w, a
 // Nothing to compute, or no terms to add up: torch's own operators know every such case.
 bool is_empty(const ConvShape& s) { return s.inputs() == 0 || s.outputs() == 0 || s.weights() == 0; }
 
-ConvAlgorithm choose(std::string_view algorithm, const ConvShape& shape, ConvPass pass, Device device) {
-  const auto forced = algorithm_of(algorithm);
+// What runs a pass.  forced: what the caller asked for; for a pass that it has no kernel for, im2col.
+ConvAlgorithm choose(std::optional<ConvAlgorithm> forced, const ConvShape& shape, ConvPass pass, Device device) {
+  if (is_empty(shape)) return ConvAlgorithm::kTorch;
   if (forced) {
-    TORCH_CHECK_VALUE(computes(*forced, shape, ConvPass::kForward), kOp, ": algorithm ", algorithm,
-                      " does not compute this convolution");
+    TORCH_CHECK_VALUE(computes(*forced, shape, ConvPass::kForward), kOp, ": algorithm ",
+                      kConvAlgorithmNames[int(*forced)], " does not compute this convolution");
     return computes(*forced, shape, pass) ? *forced : ConvAlgorithm::kIm2col;
   }
-  if (device == Device::kCuda) {
 #ifdef FASTNORM_CUDA_EMULATION
-    return ConvAlgorithm::kIm2col;
+  return ConvAlgorithm::kIm2col;
 #else
-    return ConvAlgorithm::kTorch;
-#endif
-  }
+  if (device == Device::kCuda) return ConvAlgorithm::kTorch;  // ours were not timed against cuDNN's
   const bool approximate = at::globalContext().float32MatmulPrecision() != at::Float32MatmulPrecision::HIGHEST;
   return choose(shape, pass, approximate);
+#endif
 }
 
 // ---- Kernels --------------------------------------------------------------------------------------------------------
@@ -127,10 +126,13 @@ ConvAlgorithm choose(std::string_view algorithm, const ConvShape& shape, ConvPas
 #else
 #define FASTNORM_CONV2D_CUDA(pass)
 #endif
+// An elementwise kernel's element takes as long as so many of a product's terms, for the number of threads.
+constexpr int64_t kTermsPerElement = 32;
+
 // run(algorithm, args, a tensor on the device, device) of a pass, with the cases of its CPU kernels.
 #define FASTNORM_CONV2D_RUN(Args, pass, ...)                                        \
   void run(ConvAlgorithm algorithm, Args args, const Tensor& like, Device device) { \
-    args.threads = at::in_parallel_region() ? 1 : at::get_num_threads();            \
+    args.threads = cpu_threads(args.shape.multiply_adds() / kTermsPerElement);      \
     args.tf32 = at::globalContext().allowTF32CuBLAS();                              \
     FASTNORM_CONV2D_CUDA(pass)                                                      \
     FASTNORM_CONV2D_CPU(__VA_ARGS__)                                                \
@@ -167,11 +169,11 @@ Tensor conv2d_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
                              window.output(x.sym_size(3), weight.sym_size(3), 1)},
                             x.options().memory_format(format));
   };
-  algorithm_of(algorithm);
+  const auto forced = algorithm_of(algorithm);
   if (device == Device::kMeta) return empty();
   const ConvShape shape = shape_of(x, weight, window, format);
-  const ConvAlgorithm chosen = choose(algorithm, shape, ConvPass::kForward, device);
-  if (chosen == ConvAlgorithm::kTorch || is_empty(shape))
+  const ConvAlgorithm chosen = choose(forced, shape, ConvPass::kForward, device);
+  if (chosen == ConvAlgorithm::kTorch)
     return torch_activate(kind, torch_convolution(x, weight, bias, window), negative_slope).contiguous(format);
   Tensor y = empty();
   const Tensor dense_x = x.contiguous(format), dense_weight = weight.contiguous();
@@ -200,7 +202,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& dy, const Tenso
   TORCH_CHECK(dy.scalar_type() == x.scalar_type(), kOp, ": dy must have the input's dtype ",
               dtype_text(x.scalar_type()), ", got ", dtype_text(dy.scalar_type()));
   check_same_device(dy, x, kOp, "dy");
-  algorithm_of(algorithm);
+  const auto forced = algorithm_of(algorithm);
   const Device device = device_of(x, kOp);
   const auto plain = x.options().memory_format(at::MemoryFormat::Contiguous);
   auto empty_dx = [&] { return at::empty_symint(x.sym_sizes(), x.options().memory_format(format)); };
@@ -220,18 +222,19 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& dy, const Tenso
     return results();
   }
   const ConvShape shape = shape_of(x, weight, window, format);
-  const auto for_dx = choose(algorithm, shape, ConvPass::kBackwardInput, device),
-             for_dweight = choose(algorithm, shape, ConvPass::kBackwardWeight, device);
+  const auto for_dx = choose(forced, shape, ConvPass::kBackwardInput, device),
+             for_dweight = choose(forced, shape, ConvPass::kBackwardWeight, device);
   // What torch computes, a bias alone among it, for which there is no need of a product.
-  const bool torch_dweight = for_dweight == ConvAlgorithm::kTorch || is_empty(shape) || !want_dweight;
-  const std::array<bool, 3> torch_mask{want_dx && (for_dx == ConvAlgorithm::kTorch || is_empty(shape)),
-                                       want_dweight && torch_dweight, want_dbias && torch_dweight};
+  const bool torch_dweight = for_dweight == ConvAlgorithm::kTorch || !want_dweight;
+  const std::array<bool, 3> torch_mask{want_dx && for_dx == ConvAlgorithm::kTorch, want_dweight && torch_dweight,
+                                       want_dbias && torch_dweight};
   if (torch_mask != std::array<bool, 3>{}) {
     auto [dx, dweight, dbias] = torch_convolution_backward(dy, x, weight, window, torch_mask);
     if (torch_mask[0]) result[0] = dx.contiguous(format);
     if (torch_mask[1]) result[1] = dweight.contiguous();
     if (torch_mask[2]) result[2] = dbias;
   }
+  if (torch_mask == output_mask) return results();
   const Tensor dense_dy = dy.contiguous(format);
   if (want_dx && !torch_mask[0]) {
     result[0] = empty_dx();

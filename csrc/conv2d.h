@@ -51,6 +51,7 @@ struct ConvShape {
   FASTNORM_HOST_DEVICE int64_t inputs() const { return n * groups * ci * y.in * x.in; }
   FASTNORM_HOST_DEVICE int64_t outputs() const { return n * groups * co * y.out * x.out; }
   FASTNORM_HOST_DEVICE int64_t weights() const { return groups * co * ci * taps(); }
+  FASTNORM_HOST_DEVICE int64_t multiply_adds() const { return outputs() * ci * taps(); }
 };
 
 struct Conv2dForward {

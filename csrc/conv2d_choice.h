@@ -35,12 +35,8 @@ struct ConvMeasure {
 
 // A row: an algorithm, where it is taken, and why.  The first that fits counts.
 inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate) {
-#ifdef FASTNORM_X86
-  if (cpu::isa() == cpu::Isa::kDefault) return ConvAlgorithm::kTorch;  // it has vectors there too
-#else
-  return ConvAlgorithm::kTorch;
-#endif
-  if (s.dtype != DType::kFloat32) return ConvAlgorithm::kTorch;
+  // Torch has vectors where ours are compiled without, on Arm among others; other dtypes were not measured.
+  if (cpu::isa() == cpu::Isa::kDefault || s.dtype != DType::kFloat32) return ConvAlgorithm::kTorch;
   const ConvMeasure m(s, pass);
   const bool planes = !s.channels_last, forward = pass == ConvPass::kForward,
              to_weight = pass == ConvPass::kBackwardWeight;

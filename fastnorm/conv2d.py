@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ._library import extension, ops
@@ -18,7 +19,6 @@ from .module import intercept, intercepted
 _forward = ops.conv2d_forward.default
 _backward = ops.conv2d_backward.default
 _DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
-ALGORITHMS = ("auto", "torch", "im2col", "direct", "depthwise", "winograd")
 
 Size2d = int | Sequence[int]
 
@@ -97,19 +97,11 @@ def _conv2d(x, weight, bias, stride, padding, dilation, groups, activation, algo
         x, padding = _pad(x, weight, stride, padding, dilation)
     if torch.compiler.is_compiling():
         y = _forward(
-            x if x.dim() != 3 else x.unsqueeze(0), weight, bias, _ints(stride), _ints(padding), _ints(dilation), groups,
+            x if x.dim() != 3 else x.unsqueeze(0), weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups,
             activation or "none", 0.01, algorithm,
         )  # fmt: skip
         return y if x.dim() != 3 else y.squeeze(0)
     return extension.conv2d(x, weight, bias, stride, padding, dilation, groups, activation or "none", algorithm)
-
-
-def _ints(size: Size2d) -> list[int]:
-    return [size] if isinstance(size, int) else list(size)
-
-
-def _pair(size: Size2d) -> list[int]:
-    return (_ints(size) * 2)[:2]
 
 
 def _pad(x: Tensor, weight: Tensor, stride: Size2d, padding: str, dilation: Size2d) -> tuple[Tensor, list[int]]:

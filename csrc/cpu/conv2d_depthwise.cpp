@@ -4,10 +4,7 @@
 // Floor: x read and y written once; a row's taps read what the row before them brought into the cache.  kTogether
 // pixels share a tap's weights in registers; where windows reach outside of the image, or strides leave gaps, pixels go
 // one by one.
-#include "conv2d_im2col.h"
 #include "conv2d_problem.h"
-#include "output.h"
-#include "parallel.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
@@ -15,41 +12,38 @@ namespace {
 constexpr int kTogether = 4;
 
 template <class T>
-struct Depthwise {
-  using A = Accumulate<T>;
-  using V = at::vec::Vectorized<A>;
+struct Depthwise : ConvWork<T> {
+  using Work = ConvWork<T>;
+  using typename Work::A, typename Work::V;
+  using Work::p, Work::y, Work::x, Work::n;
 
-  const ConvProblem& p;
-  ConvReach y, x;
-  int64_t channels, taps;
+  const int64_t channels, taps;
   A *weights, *bias;  // [tap][channel], [channel]
-  size_t bytes;
+  const ConvMemory memory;
 
-  explicit Depthwise(const ConvProblem& p)
-      : p(p), y(p.shape.y, p.backward), x(p.shape.x, p.backward), channels(p.shape.groups), taps(p.shape.taps()) {
-    ConvScratch scratch{static_cast<char*>(p.workspace)};
-    weights = scratch.take<A>(taps * channels), bias = scratch.take<A>(channels);
-    bytes = scratch.used;
-  }
+  explicit Depthwise(const ConvProblem& problem)
+      : Work(problem), channels(Work::groups), taps(p.shape.taps()), memory(*this) {}
+
+  void layout_shared(ConvScratch& s) { weights = s.take<A>(taps * channels), bias = s.take<A>(channels); }
+  struct Own {
+    Own(const Depthwise&, ConvScratch&) {}
+  };
+  size_t bytes() const { return memory.bytes(p.threads); }
 
   void pack() const {
     for (int64_t c = 0; c < channels; c++) {
       for (int64_t t = 0; t < taps; t++) weights[t * channels + c] = A(static_cast<const T*>(p.weight)[c * taps + t]);
-      bias[c] = p.bias ? A(static_cast<const T*>(p.bias)[c]) : A(0);
+      bias[c] = this->bias_of(c, 0);
     }
   }
 
   template <class Count>
   void finish(T* to, Pack<A> v, Count count) const {
-    if (p.activation == Activation::kRelu)
-      v = {Math<V>::relu(v.a), Math<V>::relu(v.b)};
-    else if (p.activation != Activation::kNone)
-      v = activated(v);
-    store(to, v, count);
-  }
-  [[gnu::noinline]] Pack<A> activated(Pack<A> v) const {
-    const V slope = V(A(p.slope));
-    return {activate(p.activation, v.a, slope), activate(p.activation, v.b, slope)};
+    if (this->simple_activation()) return store(to, {this->activate_simple(v.a), this->activate_simple(v.b)}, count);
+    A values[Pack<A>::kLanes];
+    store<A>(values, v, Full<A>());
+    this->activate_all(values, Pack<A>::kLanes);
+    store(to, load<A>(values, Full<A>()), count);
   }
 
   // P pixels from `column` on, all of whose taps within [first, end) rows of taps are inside.
@@ -113,13 +107,15 @@ struct Depthwise {
     for (; column < x.out; column++) one(column);
   }
 
-  void run() const {
+  void run() {
+    ConvScratch shared = memory.shared_at(p.workspace);
+    layout_shared(shared);
     pack();
-    prefer_huge_pages(p.out, p.shape.n * y.out * x.out * channels * sizeof(T));
+    prefer_huge_pages(p.out, this->out_bytes());
     constexpr int64_t kRows = 4;  // of a work item
     const int64_t per_sample = (y.out + kRows - 1) / kRows;
     parallel(p.threads, [&](Team team) {
-      team.for_each(p.shape.n * per_sample, [&](int64_t i) {
+      team.for_each(n * per_sample, [&](int64_t i) {
         const int64_t begin = i % per_sample * kRows;
         for (int64_t row = begin; row < std::min<int64_t>(begin + kRows, y.out); row++) run_row(i / per_sample, row);
       });
@@ -127,24 +123,11 @@ struct Depthwise {
   }
 };
 
-template <class Args>
-size_t workspace_bytes(const Args& a) {
-  size_t bytes = 0;
-  const ConvProblem p = problem(a);
-  with_type(a.shape.dtype, [&](auto zero) { bytes = Depthwise<decltype(zero)>(p).bytes; });
-  return bytes;
-}
-template <class Args>
-void convolve(const Args& a) {
-  const ConvProblem p = problem(a);
-  with_type(a.shape.dtype, [&](auto zero) { Depthwise<decltype(zero)>(p).run(); });
-}
-
 }  // namespace
 
-size_t conv2d_depthwise_forward_workspace(const Conv2dForward& a) { return workspace_bytes(a); }
-void conv2d_depthwise_forward(const Conv2dForward& a) { convolve(a); }
-size_t conv2d_depthwise_backward_input_workspace(const Conv2dBackwardInput& a) { return workspace_bytes(a); }
-void conv2d_depthwise_backward_input(const Conv2dBackwardInput& a) { convolve(a); }
+size_t conv2d_depthwise_forward_workspace(const Conv2dForward& a) { return conv_workspace<Depthwise>(a); }
+void conv2d_depthwise_forward(const Conv2dForward& a) { conv_run<Depthwise>(a); }
+size_t conv2d_depthwise_backward_input_workspace(const Conv2dBackwardInput& a) { return conv_workspace<Depthwise>(a); }
+void conv2d_depthwise_backward_input(const Conv2dBackwardInput& a) { conv_run<Depthwise>(a); }
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

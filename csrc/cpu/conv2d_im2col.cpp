@@ -8,11 +8,7 @@
 //
 // Floor: n * pixels * co * ci * taps multiply-adds, of which the registers' tile does 2 vectors a cycle.  A panel's
 // kDepth numbers stay in the L1 cache for all of a block's pixels, and these in L2 for all panels.
-#include "conv2d_im2col.h"
-
 #include "conv2d_problem.h"
-#include "output.h"
-#include "parallel.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
@@ -21,49 +17,30 @@ constexpr int64_t kPixels = 192;  // of a block
 constexpr int64_t kDepth = 256;   // terms of the sum between two visits of a tile to memory
 
 template <class T>
-struct Product {
-  using A = Accumulate<T>;
-  using V = at::vec::Vectorized<A>;
-  static constexpr int64_t kColumns = kPanel<A>;
+struct Product : ConvWork<T> {
+  using Work = ConvWork<T>;
+  using typename Work::A, typename Work::V;
+  using Work::kColumns, Work::p, Work::y, Work::x, Work::n, Work::groups, Work::terms, Work::results, Work::panels,
+      Work::plain, Work::in_layout, Work::out_layout;
 
-  const ConvProblem& p;
-  ConvReach y, x;
-  int64_t n, groups, terms, results;  // terms, results: channels of a group that are read and made
-  int64_t panels, runs, run_length;   // a run: the terms that follow each other in memory
-  bool copied, merged, scattered;     // scattered: results go through a copy
-  bool streaming;
-  ConvBlocks blocks;
-  int64_t split;  // parts of the panels that are work items of their own
-  ImageLayout in_layout, out_layout;
-
+  const bool copied, merged;       // merged: a row's taps on a copy are one run
+  const int64_t runs, run_length;  // a run: the terms that follow each other in memory
+  const bool streaming;
+  const ConvBlocks blocks;
+  const int64_t split;  // parts of the panels that are work items of their own
   A *weights, *bias, *zeros;
-  size_t shared_bytes, thread_bytes;
+  const ConvMemory memory;
 
-  explicit Product(const ConvProblem& p)
-      : p(p),
-        y(p.shape.y, p.backward),
-        x(p.shape.x, p.backward),
-        n(p.shape.n),
-        groups(p.shape.groups),
-        terms(p.backward ? p.shape.co : p.shape.ci),
-        results(p.backward ? p.shape.ci : p.shape.co),
-        panels((results + kColumns - 1) / kColumns),
-        blocks(n, y.out, x.out, kPixels) {
-    const bool plain = p.shape.channels_last && std::is_same_v<T, A>;
-    copied = !plain || (terms < 16 && x.neighbours() && x.kernel > 1), scattered = !plain;
-    merged = copied && x.neighbours();
-    runs = merged ? y.kernel : p.shape.taps(), run_length = merged ? x.kernel * terms : terms;
-    in_layout = {groups * terms, int64_t(y.in) * x.in, p.shape.channels_last};
-    out_layout = {groups * results, int64_t(y.out) * x.out, p.shape.channels_last};
-    const int64_t out_bytes = n * out_layout.channels * out_layout.pixels * int64_t(sizeof(T));
-    streaming = plain && results % kColumns == 0 && streams(p.out, kColumns * sizeof(A), out_bytes);
-    const int64_t items = blocks.count * groups, wanted = 4 * p.threads;
-    split = p.threads == 1 || items >= wanted ? 1 : std::min(panels, (wanted + items - 1) / items);
-    ConvScratch shared{nullptr};
-    layout_shared(shared), shared_bytes = shared.used;
-    ConvScratch own{nullptr};
-    Own(*this, own), thread_bytes = own.used;
-  }
+  explicit Product(const ConvProblem& problem)
+      : Work(problem),
+        copied(!plain || (terms < 16 && x.neighbours() && x.kernel > 1)),
+        merged(copied && x.neighbours()),
+        runs(merged ? y.kernel : p.shape.taps()),
+        run_length(merged ? x.kernel * terms : terms),
+        streaming(Work::streaming()),
+        blocks(n, y.out, x.out, kPixels),
+        split(Work::split_panels(blocks.count * groups)),
+        memory(*this) {}
 
   void layout_shared(ConvScratch& s) {
     weights = s.take<A>(groups * panels * runs * run_length * kColumns);
@@ -90,7 +67,7 @@ struct Product {
       const int64_t pixels = q.blocks.samples * q.blocks.rows * q.x.out;
       image = s.take<A>(q.copied ? ConvView<T>::elements(q.y, q.x, q.blocks, q.terms) : 0);
       sums = s.take<A>(pixels * kColumns);
-      results = s.take<A>(q.scattered ? pixels * kColumns : 0);
+      results = s.take<A>(q.plain ? 0 : pixels * kColumns);
       rows = s.take<const A*>(pixels * q.runs);
       place = s.take<int64_t>(pixels);
       packed = s.take<int64_t>(q.runs);
@@ -98,7 +75,7 @@ struct Product {
     }
   };
 
-  size_t bytes() const { return shared_bytes + p.threads * thread_bytes; }
+  size_t bytes() const { return memory.bytes(p.threads); }
 
   // ---- Packing ------------------------------------------------------------------------------------------------------
 
@@ -119,9 +96,7 @@ struct Product {
         for (int64_t j = 0; j < width; j++) row[j] = A(from[j * column_step]);
         for (int64_t j = width; j < kColumns; j++) row[j] = A(0);
       }
-    for (int64_t j = 0; j < kColumns; j++)
-      bias[item * kColumns + j] =
-          p.bias && j < width ? A(static_cast<const T*>(p.bias)[group * results + first + j]) : A(0);
+    for (int64_t j = 0; j < kColumns; j++) bias[item * kColumns + j] = this->bias_of(group, first + j);
   }
 
   // ---- Product ------------------------------------------------------------------------------------------------------
@@ -145,7 +120,7 @@ struct Product {
     auto add = [&](bool first, bool last, int64_t run, int64_t end_run, int64_t term, int64_t count) {
       const A* const from = first ? start : sums;
       const int64_t pitch = first ? 0 : kColumns;
-      const bool done = last && (p.activation == Activation::kNone || p.activation == Activation::kRelu);
+      const bool done = last && this->simple_activation();
       for (int64_t m = 0; m < f.pixels; m += kTileRows)
         with_rows(std::min<int64_t>(kTileRows, f.pixels - m), [&](auto row_count) {
           constexpr int R = row_count;
@@ -157,11 +132,8 @@ struct Product {
             tile.multiply_add(rows, count, panel + (f.packed[i] + term) * kColumns);
           }
           if (!done) return tile.store(sums + m * kColumns, kColumns);
-          for (int r = 0; r < R; r++) {
-            if (p.activation == Activation::kRelu)
-              for (auto& v : tile.v[r]) v = Math<V>::relu(v);
-            target.put(f, m + r, {tile.v[r][0], tile.v[r][1]});
-          }
+          for (int r = 0; r < R; r++)
+            target.put(f, m + r, {this->activate_simple(tile.v[r][0]), this->activate_simple(tile.v[r][1])});
         });
       if (last && !done) finish_panel(f, sums, target);
     };
@@ -172,9 +144,8 @@ struct Product {
             std::min(run + together, f.runs), term, std::min(length, run_length - term));
   }
 
-  [[gnu::noinline]] void finish_panel(const Phase& f, A* sums, const Target& target) const {
-    for (int64_t i = 0; i < f.pixels * kColumns; i += V::size())
-      activate(p.activation, V::loadu(sums + i), V(A(p.slope))).store(sums + i);
+  void finish_panel(const Phase& f, A* sums, const Target& target) const {
+    this->activate_all(sums, f.pixels * kColumns);
     for (int64_t m = 0; m < f.pixels; m++) target.put(f, m, load<A>(sums + m * kColumns, Full<A>()));
   }
 
@@ -218,7 +189,7 @@ struct Product {
       const int64_t packed = group * panels + panel, channel = group * results + panel * kColumns;
       const int64_t count = std::min(kColumns, results - panel * kColumns);
       Target target{own.results, kColumns, kColumns, false};
-      if (!scattered) {
+      if (plain) {
         const int64_t first = block.sample * out_layout.pixels + block.row * x.out;
         target = {static_cast<A*>(p.out) + first * out_layout.channels + channel, out_layout.channels, count,
                   streaming};
@@ -227,7 +198,7 @@ struct Product {
         const Phase& f = own.phase[i];
         multiply_panel(f, own.sums, weights + packed * runs * run_length * kColumns, bias + packed * kColumns, target);
       }
-      if (!scattered) continue;
+      if (plain) continue;
       for (int64_t s = block.sample; s < block.sample_end; s++)
         write_pixels<T>(own.results + (s - block.sample) * pixels * kColumns, kColumns,
                         static_cast<T*>(p.out) + s * out_layout.channels * out_layout.pixels, out_layout, channel,
@@ -236,33 +207,24 @@ struct Product {
   }
 
   void run() {
-    ConvScratch shared{static_cast<char*>(p.workspace)};
+    ConvScratch shared = memory.shared_at(p.workspace);
     layout_shared(shared);
     std::fill_n(zeros, terms + kColumns, A(0));
-    prefer_huge_pages(p.out, n * out_layout.channels * out_layout.pixels * sizeof(T));
+    prefer_huge_pages(p.out, this->out_bytes());
     parallel(p.threads, [&](Team team) {
       team.for_each(groups * panels, [&](int64_t item) { pack_panel(item); });
-      ConvScratch scratch{static_cast<char*>(p.workspace) + shared_bytes + team.rank * thread_bytes};
+      ConvScratch scratch = memory.own_at(p.workspace, team.rank);
       const Own own(*this, scratch);
       team.for_each(blocks.count * groups * split, [&](int64_t item) { run_item(item, own); });
     });
   }
 };
 
-size_t workspace_bytes(const ConvProblem& p) {
-  size_t bytes = 0;
-  with_type(p.shape.dtype, [&](auto zero) { bytes = Product<decltype(zero)>(p).bytes(); });
-  return bytes;
-}
-void multiply(const ConvProblem& p) {
-  with_type(p.shape.dtype, [&](auto zero) { Product<decltype(zero)>(p).run(); });
-}
-
 }  // namespace
 
-size_t conv2d_im2col_forward_workspace(const Conv2dForward& a) { return workspace_bytes(problem(a)); }
-void conv2d_im2col_forward(const Conv2dForward& a) { multiply(problem(a)); }
-size_t conv2d_im2col_backward_input_workspace(const Conv2dBackwardInput& a) { return workspace_bytes(problem(a)); }
-void conv2d_im2col_backward_input(const Conv2dBackwardInput& a) { multiply(problem(a)); }
+size_t conv2d_im2col_forward_workspace(const Conv2dForward& a) { return conv_workspace<Product>(a); }
+void conv2d_im2col_forward(const Conv2dForward& a) { conv_run<Product>(a); }
+size_t conv2d_im2col_backward_input_workspace(const Conv2dBackwardInput& a) { return conv_workspace<Product>(a); }
+void conv2d_im2col_backward_input(const Conv2dBackwardInput& a) { conv_run<Product>(a); }
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

@@ -6,16 +6,13 @@
 //
 // Floor: n * pixels * co * ci * taps multiply-adds, as forward; every tile of sums moves from and to memory once per
 // block.
-#include "conv2d_im2col.h"
-#include "parallel.h"
+#include "conv2d_problem.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kPixels = 128;                  // of a block
-constexpr int64_t kFewChannels = 64;              // so many side by side are no trouble for the L1 cache
-constexpr int64_t kPartBytes = int64_t(4) << 20;  // of all parts' sums together, if there is more than one
-constexpr int64_t kParts = 8;
+constexpr int64_t kPixels = 128;      // of a block
+constexpr int64_t kFewChannels = 64;  // so many side by side are no trouble for the L1 cache
 
 template <class T>
 struct WeightGradient {
@@ -23,41 +20,35 @@ struct WeightGradient {
   using V = at::vec::Vectorized<A>;
   static constexpr int64_t kColumns = kPanel<A>;
 
-  const Conv2dBackwardWeight& p;
-  const ConvShape& s;
-  ConvReach y, x;
-  ConvBlocks blocks;
-  bool plain, copied, merged;
-  int64_t runs, run_length, panels;  // a run: the columns that follow each other in memory; panels of each
-  int64_t parts, slices;             // of the blocks; of dy's channels
-  int64_t x_pitch;                   // of copied pixels
-  ImageLayout x_layout, dy_layout;
-
+  const Conv2dBackwardWeight p;
+  const ConvShape& s = p.shape;
+  const ConvReach y, x;
+  const ConvBlocks blocks;
+  const bool plain, copied, merged;
+  const int64_t x_pitch;                   // of copied pixels
+  const int64_t runs, run_length, panels;  // a run: the columns that follow each other in memory; panels of each
+  const ConvParts split;
+  const ImageLayout x_layout, dy_layout;
   A *sums, *bias_sums, *zeros;
-  size_t shared_bytes, thread_bytes;
+  const ConvMemory memory;
 
-  explicit WeightGradient(const Conv2dBackwardWeight& p)
-      : p(p), s(p.shape), y(s.y, false), x(s.x, false), blocks(s.n, y.out, x.out, kPixels) {
-    plain = s.channels_last && std::is_same_v<T, A> && s.ci < kFewChannels && s.co < kFewChannels;
-    // A panel reads whole vectors, so a pixel of the image itself must have as many channels.
-    copied = !plain || s.ci < kColumns;
-    merged = copied && x.neighbours() && s.ci < kFewChannels;
-    x_pitch = merged ? s.ci : spread(s.ci);
-    runs = merged ? y.kernel : s.taps(), run_length = merged ? x.kernel * s.ci : s.ci;
-    panels = (run_length + kColumns - 1) / kColumns;
-    x_layout = {s.groups * s.ci, int64_t(y.in) * x.in, s.channels_last};
-    dy_layout = {s.groups * s.co, int64_t(y.out) * x.out, s.channels_last};
-    const int64_t part_bytes = sums_of_part() * int64_t(sizeof(A));
-    parts = std::clamp<int64_t>(kPartBytes / std::max<int64_t>(part_bytes, 1), 1, kParts);
-    parts = std::max<int64_t>(1, std::min(parts, blocks.count / 4));
-    // Slices do not change any sum, so they may depend on the threads; each of them reads the images once more.
-    const int64_t wanted = p.threads == 1 ? 1 : (2 * p.threads + parts * s.groups - 1) / (parts * s.groups);
-    slices = std::max<int64_t>(1, std::min(wanted, s.co / (4 * kTileRows)));
-    ConvScratch shared{nullptr};
-    layout_shared(shared), shared_bytes = shared.used;
-    ConvScratch own{nullptr};
-    Own(*this, own), thread_bytes = own.used;
-  }
+  explicit WeightGradient(const Conv2dBackwardWeight& a)
+      : p(a),
+        y(s.y, false),
+        x(s.x, false),
+        blocks(s.n, y.out, x.out, kPixels),
+        plain(s.channels_last && std::is_same_v<T, A> && s.ci < kFewChannels && s.co < kFewChannels),
+        // A panel reads whole vectors, so a pixel of the image itself must have as many channels.
+        copied(!plain || s.ci < kColumns),
+        merged(copied && x.neighbours() && s.ci < kFewChannels),
+        x_pitch(merged ? s.ci : spread(s.ci)),
+        runs(merged ? y.kernel : s.taps()),
+        run_length(merged ? x.kernel * s.ci : s.ci),
+        panels((run_length + kColumns - 1) / kColumns),
+        split(sums_of_part() * int64_t(sizeof(A)), blocks.count, s.groups, s.co, p.threads),
+        x_layout{s.groups * s.ci, int64_t(y.in) * x.in, s.channels_last},
+        dy_layout{s.groups * s.co, int64_t(y.out) * x.out, s.channels_last},
+        memory(*this) {}
 
   // A pitch of copied pixels for which a column of them does not fall into few sets of the L1 cache.
   static int64_t spread(int64_t channels) {
@@ -66,11 +57,10 @@ struct WeightGradient {
 
   int64_t pitch() const { return runs * panels * kColumns; }  // from one channel of dy to the next
   int64_t sums_of_part() const { return s.groups * s.co * pitch(); }
-  int64_t slice(int64_t i) const { return s.co * i / slices; }
 
   void layout_shared(ConvScratch& scratch) {
-    sums = scratch.take<A>(parts * sums_of_part());
-    bias_sums = scratch.take<A>(parts * s.groups * s.co);
+    sums = scratch.take<A>(split.parts * sums_of_part());
+    bias_sums = scratch.take<A>(split.parts * s.groups * s.co);
     zeros = scratch.take<A>(s.ci + kColumns);
   }
 
@@ -81,15 +71,13 @@ struct WeightGradient {
     Own(const WeightGradient& q, ConvScratch& scratch) {
       const int64_t pixels = q.blocks.samples * q.blocks.rows * q.x.out;
       image = scratch.take<A>(q.copied ? ConvView<T>::elements(q.y, q.x, q.blocks, q.x_pitch) : 0);
-      dy = scratch.take<A>(q.plain ? 0 : pixels * spread(q.widest_slice()));
-      bias = scratch.take<A>(q.widest_slice());
+      dy = scratch.take<A>(q.plain ? 0 : pixels * spread(q.split.widest()));
+      bias = scratch.take<A>(q.split.widest());
       x_rows = scratch.take<const A*>(pixels * q.runs);
       dy_rows = scratch.take<const A*>(pixels);
     }
   };
-  int64_t widest_slice() const { return (s.co + slices - 1) / slices; }
-
-  size_t bytes() const { return shared_bytes + p.threads * thread_bytes; }
+  size_t bytes() const { return memory.bytes(p.threads); }
 
   // Where a panel of a run begins: the last one ends with the run if that has a whole panel, and else with a copy's
   // end.
@@ -149,19 +137,20 @@ struct WeightGradient {
   }
 
   void run_item(int64_t item, const Own& own) const {
-    const int64_t i = item % slices, group = item / slices % s.groups, part = item / slices / s.groups;
-    A* const to = sums + part * sums_of_part() + (group * s.co + slice(i)) * pitch();
-    A* const bias_to = bias_sums + (part * s.groups + group) * s.co + slice(i);
-    std::fill_n(to, (slice(i + 1) - slice(i)) * pitch(), A(0));
-    std::fill_n(bias_to, slice(i + 1) - slice(i), A(0));
-    for (int64_t b = blocks.count * part / parts; b < blocks.count * (part + 1) / parts; b++)
-      add_block(blocks(b, s.n, y.out), group, slice(i), slice(i + 1), own, to, bias_to);
+    const int64_t i = item % split.slices, group = item / split.slices % s.groups,
+                  part = item / split.slices / s.groups;
+    A* const to = sums + part * sums_of_part() + (group * s.co + split.slice(i)) * pitch();
+    A* const bias_to = bias_sums + (part * s.groups + group) * s.co + split.slice(i);
+    std::fill_n(to, (split.slice(i + 1) - split.slice(i)) * pitch(), A(0));
+    std::fill_n(bias_to, split.slice(i + 1) - split.slice(i), A(0));
+    for (int64_t b = blocks.count * part / split.parts; b < blocks.count * (part + 1) / split.parts; b++)
+      add_block(blocks(b, s.n, y.out), group, split.slice(i), split.slice(i + 1), own, to, bias_to);
   }
 
   // One channel of dy, all parts.
   void finish(int64_t channel) const {
     A* const first = sums + channel * pitch();
-    for (int64_t part = 1; part < parts; part++) {
+    for (int64_t part = 1; part < split.parts; part++) {
       const A* const other = first + part * sums_of_part();
       for (int64_t i = 0; i < pitch(); i += kColumns)
         store<A>(first + i, load<A>(first + i, Full<A>()) + load<A>(other + i, Full<A>()), Full<A>());
@@ -181,13 +170,13 @@ struct WeightGradient {
   }
 
   void run() {
-    ConvScratch shared{static_cast<char*>(p.workspace)};
+    ConvScratch shared = memory.shared_at(p.workspace);
     layout_shared(shared);
     std::fill_n(zeros, s.ci + kColumns, A(0));
     parallel(p.threads, [&](Team team) {
-      ConvScratch scratch{static_cast<char*>(p.workspace) + shared_bytes + team.rank * thread_bytes};
+      ConvScratch scratch = memory.own_at(p.workspace, team.rank);
       const Own own(*this, scratch);
-      team.for_each(parts * slices * s.groups, [&](int64_t item) { run_item(item, own); });
+      team.for_each(split.parts * split.slices * s.groups, [&](int64_t item) { run_item(item, own); });
       team.for_each(s.groups * s.co, [&](int64_t channel) { finish(channel); });
     });
   }
@@ -196,12 +185,8 @@ struct WeightGradient {
 }  // namespace
 
 size_t conv2d_im2col_backward_weight_workspace(const Conv2dBackwardWeight& a) {
-  size_t bytes = 0;
-  with_type(a.shape.dtype, [&](auto zero) { bytes = WeightGradient<decltype(zero)>(a).bytes(); });
-  return bytes;
+  return conv_workspace<WeightGradient>(a);
 }
-void conv2d_im2col_backward_weight(const Conv2dBackwardWeight& a) {
-  with_type(a.shape.dtype, [&](auto zero) { WeightGradient<decltype(zero)>(a).run(); });
-}
+void conv2d_im2col_backward_weight(const Conv2dBackwardWeight& a) { conv_run<WeightGradient>(a); }
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

@@ -1,6 +1,9 @@
-// What a convolution's kernels that compute the gradient to the input as a convolution, too, see of either.
+// What the CPU kernels of convolution share, whatever the algorithm: a forward convolution and a gradient to the input
+// as the same problem, its sizes, the activation at the end; parts of a gradient to the weight; the workspace.
 #pragma once
-#include "../conv2d.h"
+#include "conv2d_im2col.h"
+#include "output.h"
+#include "parallel.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
 
@@ -20,6 +23,114 @@ inline ConvProblem problem(const Conv2dForward& a) {
 }
 inline ConvProblem problem(const Conv2dBackwardInput& a) {
   return {a.shape, true, a.dy, a.weight, nullptr, a.dx, Activation::kNone, 0, a.workspace, a.threads};
+}
+inline Conv2dBackwardWeight problem(const Conv2dBackwardWeight& a) { return a; }
+
+// The sizes of a problem.  A kernel of it is a class template over the element type that derives from this.
+template <class T>
+struct ConvWork {
+  using A = Accumulate<T>;
+  using V = at::vec::Vectorized<A>;
+  static constexpr int64_t kColumns = kPanel<A>;
+
+  const ConvProblem p;
+  const ConvReach y, x;
+  const int64_t n, groups, terms, results;  // terms, results: channels of a group that are read and made
+  const int64_t panels;                     // of a group's results
+  const bool plain;                         // the image is [pixels][channels] in the accumulate type
+  const ImageLayout in_layout, out_layout;
+
+  explicit ConvWork(const ConvProblem& p)
+      : p(p),
+        y(p.shape.y, p.backward),
+        x(p.shape.x, p.backward),
+        n(p.shape.n),
+        groups(p.shape.groups),
+        terms(p.backward ? p.shape.co : p.shape.ci),
+        results(p.backward ? p.shape.ci : p.shape.co),
+        panels((results + kColumns - 1) / kColumns),
+        plain(p.shape.channels_last && std::is_same_v<T, A>),
+        in_layout{groups * terms, int64_t(y.in) * x.in, p.shape.channels_last},
+        out_layout{groups * results, int64_t(y.out) * x.out, p.shape.channels_last} {}
+
+  int64_t out_bytes() const { return n * out_layout.channels * out_layout.pixels * int64_t(sizeof(T)); }
+  // Whether panels of results go past the caches.
+  bool streaming() const {
+    return plain && results % kColumns == 0 && streams(p.out, kColumns * sizeof(A), out_bytes());
+  }
+  // In how many parts the panels are work items of their own, where there are too few others.
+  int64_t split_panels(int64_t items) const {
+    const int64_t wanted = 4 * p.threads;
+    return p.threads == 1 || items >= wanted ? 1 : std::min(panels, (wanted + items - 1) / std::max<int64_t>(items, 1));
+  }
+  // Of one of a group's results; 0 for those that fill up a panel.
+  A bias_of(int64_t group, int64_t result) const {
+    return p.bias && result < results ? A(static_cast<const T*>(p.bias)[group * results + result]) : A(0);
+  }
+  // Whether it is cheap enough to be applied in registers wherever results are.
+  bool simple_activation() const { return p.activation == Activation::kNone || p.activation == Activation::kRelu; }
+  V activate_simple(V v) const { return p.activation == Activation::kRelu ? Math<V>::relu(v) : v; }
+  // The others, to whole vectors of results in memory.
+  [[gnu::noinline]] void activate_all(A* values, int64_t count) const {
+    for (int64_t i = 0; i < count; i += V::size())
+      activate(p.activation, V::loadu(values + i), V(A(p.slope))).store(values + i);
+  }
+};
+
+// How a gradient to the weight is summed up: blocks of the images go to parts, whose sums are added in order, so that
+// bits depend on the shape alone; slices of dy's channels are work items of their own, which changes no sum.
+struct ConvParts {
+  int64_t co, parts, slices;
+
+  ConvParts(int64_t part_bytes, int64_t blocks, int64_t groups, int64_t co, int threads) : co(co) {
+    constexpr int64_t kBytes = int64_t(4) << 20, kParts = 8;  // of all parts together; at most
+    parts = std::clamp<int64_t>(kBytes / std::max<int64_t>(part_bytes, 1), 1, kParts);
+    parts = std::max<int64_t>(1, std::min(parts, blocks / 4));
+    const int64_t wanted = threads == 1 ? 1 : (2 * threads + parts * groups - 1) / (parts * groups);
+    slices = std::max<int64_t>(1, std::min(wanted, co / (4 * kTileRows)));  // each reads the images once more
+  }
+  int64_t slice(int64_t i) const { return co * i / slices; }
+  int64_t widest() const { return (co + slices - 1) / slices; }
+};
+
+// A kernel's workspace: what kernel.layout_shared() takes, and for each thread what a Kernel::Own takes.
+struct ConvMemory {
+  size_t shared = 0, own = 0;
+
+  template <class Kernel>
+  explicit ConvMemory(Kernel& kernel) {
+    ConvScratch scratch{nullptr};
+    kernel.layout_shared(scratch), shared = scratch.used;
+    ConvScratch of_thread{nullptr};
+    typename Kernel::Own(kernel, of_thread), own = of_thread.used;
+  }
+  size_t bytes(int threads) const { return shared + threads * own; }
+  ConvScratch shared_at(void* workspace) const { return {static_cast<char*>(workspace)}; }
+  ConvScratch own_at(void* workspace, int rank) const { return {static_cast<char*>(workspace) + shared + rank * own}; }
+};
+
+// ---- Entries --------------------------------------------------------------------------------------------------------
+
+// f(the kernel) for the element type; float64 only where the kernel has it.
+template <template <class> class Kernel, bool kFloat64, class Args, class F>
+inline void with_kernel(const Args& a, F f) {
+  with_type(a.shape.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (kFloat64 || !std::is_same_v<T, double>) {
+      Kernel<T> kernel(problem(a));
+      f(kernel);
+    }
+  });
+}
+template <template <class> class Kernel, bool kFloat64 = true, class Args>
+inline size_t conv_workspace(const Args& a) {
+  size_t bytes = 0;
+  with_kernel<Kernel, kFloat64>(a, [&](auto& kernel) { bytes = kernel.bytes(); });
+  return bytes;
+}
+template <template <class> class Kernel, bool kFloat64 = true, class Args>
+inline void conv_run(const Args& a) {
+  with_kernel<Kernel, kFloat64>(a, [](auto& kernel) { kernel.run(); });
 }
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

@@ -12,10 +12,6 @@
 // again, and the products run at 50 to 75 %.  Smaller blocks, whose pixels fit L2, read the filters more often instead.
 #include "conv2d_winograd.h"
 
-#include "conv2d_problem.h"
-#include "output.h"
-#include "parallel.h"
-
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace winograd {
 namespace {
@@ -29,51 +25,33 @@ constexpr int64_t tiles_together(int64_t filter_bytes) {
 }
 
 template <class T>
-struct Product {
-  using A = Accumulate<T>;
-  using V = at::vec::Vectorized<A>;
-  static constexpr int64_t kColumns = kPanel<A>;
+struct Product : ConvWork<T> {
+  using Work = ConvWork<T>;
+  using typename Work::A, typename Work::V;
+  using Work::kColumns, Work::p, Work::y, Work::x, Work::n, Work::groups, Work::terms, Work::results, Work::panels,
+      Work::plain, Work::in_layout, Work::out_layout;
 
-  const ConvProblem& p;
-  ConvReach y, x;
-  int64_t n, groups, terms, results, panels, pitch;  // pitch: of a tile's transformed pixels
-  int64_t panel_filters;                             // numbers of a panel's transformed filters
-  int64_t together;                                  // panels that are worked on together
-  bool plain, on_the_fly, streaming;
-  Tiles tiles;
-  int64_t split;  // parts of the panels that are work items of their own
-  ImageLayout in_layout, out_layout;
+  const int64_t pitch;          // of a tile's transformed pixels
+  const int64_t panel_filters;  // numbers of a panel's transformed filters
+  const int64_t together;       // panels that are worked on together
+  const bool on_the_fly, streaming;
+  const Tiles tiles;
+  const int64_t split;  // parts of the panels that are work items of their own
   A *filters, *bias, *zeros;
-  size_t shared_bytes, thread_bytes;
+  const ConvMemory memory;
 
-  explicit Product(const ConvProblem& p)
-      : p(p),
-        y(p.shape.y, p.backward),
-        x(p.shape.x, p.backward),
-        n(p.shape.n),
-        groups(p.shape.groups),
-        terms(p.backward ? p.shape.co : p.shape.ci),
-        results(p.backward ? p.shape.ci : p.shape.co),
-        panels((results + kColumns - 1) / kColumns),
+  explicit Product(const ConvProblem& problem)
+      : Work(problem),
         pitch(spread(terms)),
         panel_filters(kPoints * filters_point()),
         together(std::min(panels, kResults / kColumns)),
-        plain(p.shape.channels_last && std::is_same_v<T, A>),
         on_the_fly(filter_bytes() > kMostFilters),
+        streaming(Work::streaming()),
         tiles(n, y.out, x.out, tiles_together(filter_bytes())),
-        in_layout{groups * terms, int64_t(y.in) * x.in, p.shape.channels_last},
-        out_layout{groups * results, int64_t(y.out) * x.out, p.shape.channels_last} {
-    streaming = plain && results % kColumns == 0 && streams(p.out, kColumns * sizeof(A), out_bytes());
-    const int64_t items = tiles.blocks.count * groups, wanted = 4 * p.threads;
-    split = p.threads == 1 || items >= wanted ? 1 : std::min(panels, (wanted + items - 1) / items);
-    ConvScratch shared{nullptr};
-    layout_shared(shared), shared_bytes = shared.used;
-    ConvScratch own{nullptr};
-    Own(*this, own), thread_bytes = own.used;
-  }
+        split(Work::split_panels(tiles.blocks.count * groups)),
+        memory(*this) {}
 
-  int64_t out_bytes() const { return n * out_layout.channels * out_layout.pixels * int64_t(sizeof(T)); }
-  size_t bytes() const { return shared_bytes + p.threads * thread_bytes; }
+  size_t bytes() const { return memory.bytes(p.threads); }
   int64_t filter_bytes() const { return groups * panels * panel_filters * int64_t(sizeof(A)); }
   // From one point to the next of a panel's filters, of a block's pixels and of a panel's products.
   int64_t filters_point() const { return spread_points(terms * kColumns); }
@@ -121,9 +99,7 @@ struct Product {
   }
   void read_bias(int64_t panel) const {
     const int64_t group = panel / panels, first = panel % panels * kColumns;
-    for (int64_t j = 0; j < kColumns; j++)
-      bias[panel * kColumns + j] =
-          p.bias && first + j < results ? A(static_cast<const T*>(p.bias)[group * results + first + j]) : A(0);
+    for (int64_t j = 0; j < kColumns; j++) bias[panel * kColumns + j] = this->bias_of(group, first + j);
   }
 
   // products[panel][point] = pixels[point] filters[panel][point] for `width` panels.  What comes next is fetched
@@ -154,7 +130,7 @@ struct Product {
     }
   }
 
-  // The results of a panel; first: where the block's begin, per_sample: of them in a sample.
+  // The results of a panel; first: where the block's begin, step: from one pixel to the next.
   void finish(const Own& own, const A* products, int64_t block, const A* panel_bias, A* first, int64_t step,
               int64_t count, bool stream) const {
     const ConvBlock rows = tiles.result_rows(block);
@@ -166,13 +142,9 @@ struct Product {
         const V b = V::loadu(panel_bias + j);
         transform<OutputTransform, V>(
             [&](int r, int c) { return V::loadu(from + (r * kWindow + c) * products_point()); },
-            [&](int r, int c, V v) {
-              v = v + b;
-              if (p.activation == Activation::kRelu) v = Math<V>::relu(v);
-              v.store(tile + (r * kTile + c) * kColumns + j);
-            });
+            [&](int r, int c, V v) { this->activate_simple(v + b).store(tile + (r * kTile + c) * kColumns + j); });
       }
-      if (p.activation != Activation::kNone && p.activation != Activation::kRelu) activate_tile(tile);
+      if (!this->simple_activation()) this->activate_all(tile, kTile * kTile * kColumns);
       A* const to = first + (((sample - rows.sample) * height + row - rows.row) * x.out + column) * step;
       const int64_t r_end = std::min<int64_t>(kTile, y.out - row), c_end = std::min<int64_t>(kTile, x.out - column);
       for (int64_t r = 0; r < r_end; r++)
@@ -182,10 +154,6 @@ struct Product {
           count == kColumns ? store_output<A>(at, v, Full<A>(), Zero(), stream) : store<A>(at, v, count);
         }
     });
-  }
-  [[gnu::noinline]] void activate_tile(A* tile) const {
-    for (int64_t i = 0; i < kTile * kTile * kColumns; i += V::size())
-      activate(p.activation, V::loadu(tile + i), V(A(p.slope))).store(tile + i);
   }
 
   void run_item(int64_t item, const Own& own) const {
@@ -222,50 +190,30 @@ struct Product {
   }
 
   void run() {
-    ConvScratch shared{static_cast<char*>(p.workspace)};
+    ConvScratch shared = memory.shared_at(p.workspace);
     layout_shared(shared);
     std::fill_n(zeros, terms + kColumns, A(0));
-    prefer_huge_pages(p.out, out_bytes());
+    prefer_huge_pages(p.out, this->out_bytes());
     parallel(p.threads, [&](Team team) {
       team.for_each(groups * panels, [&](int64_t panel) {
         read_bias(panel);
         if (!on_the_fly) transform_filters(panel, filters + panel * panel_filters);
       });
-      ConvScratch scratch{static_cast<char*>(p.workspace) + shared_bytes + team.rank * thread_bytes};
+      ConvScratch scratch = memory.own_at(p.workspace, team.rank);
       const Own own(*this, scratch);
       team.for_each(tiles.blocks.count * groups * split, [&](int64_t item) { run_item(item, own); });
     });
   }
 };
 
-template <class F>
-void with_product(const ConvProblem& p, F f) {
-  switch (p.shape.dtype) {
-    case DType::kFloat16: return f(Product<c10::Half>(p));
-    case DType::kBFloat16: return f(Product<c10::BFloat16>(p));
-    default: return f(Product<float>(p));
-  }
-}
-
-template <class Args>
-size_t workspace_bytes(const Args& a) {
-  size_t bytes = 0;
-  const ConvProblem p = problem(a);
-  with_product(p, [&](const auto& product) { bytes = product.bytes(); });
-  return bytes;
-}
-template <class Args>
-void convolve(const Args& a) {
-  const ConvProblem p = problem(a);
-  with_product(p, [](auto product) { product.run(); });
-}
-
 }  // namespace
 }  // namespace winograd
 
-size_t conv2d_winograd_forward_workspace(const Conv2dForward& a) { return winograd::workspace_bytes(a); }
-void conv2d_winograd_forward(const Conv2dForward& a) { winograd::convolve(a); }
-size_t conv2d_winograd_backward_input_workspace(const Conv2dBackwardInput& a) { return winograd::workspace_bytes(a); }
-void conv2d_winograd_backward_input(const Conv2dBackwardInput& a) { winograd::convolve(a); }
+size_t conv2d_winograd_forward_workspace(const Conv2dForward& a) { return conv_workspace<winograd::Product, false>(a); }
+void conv2d_winograd_forward(const Conv2dForward& a) { conv_run<winograd::Product, false>(a); }
+size_t conv2d_winograd_backward_input_workspace(const Conv2dBackwardInput& a) {
+  return conv_workspace<winograd::Product, false>(a);
+}
+void conv2d_winograd_backward_input(const Conv2dBackwardInput& a) { conv_run<winograd::Product, false>(a); }
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

@@ -6,7 +6,7 @@
 // with the points 0, 1, -1, 2, -2 and infinity; * element by element.  With N(0, 1) inputs the largest error is 0.5 to
 // 2.6e-5 of the largest result, that of plain sums 0.02 to 1e-5.
 #pragma once
-#include "conv2d_im2col.h"
+#include "conv2d_problem.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY::winograd {
 

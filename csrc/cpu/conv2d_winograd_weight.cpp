@@ -8,14 +8,10 @@
 // more channels there are.  Products run at 60 to 80 % of the multiply-adds' peak on Zen 3, out of the L3 cache; before
 // what comes next was fetched ahead, at 55 to 70 %.
 #include "conv2d_winograd.h"
-#include "parallel.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace winograd {
 namespace {
-
-constexpr int64_t kPartBytes = int64_t(4) << 20;  // of all parts' sums together, if there is more than one
-constexpr int64_t kParts = 8;
 
 template <class T>
 struct WeightGradient {
@@ -23,54 +19,42 @@ struct WeightGradient {
   using V = at::vec::Vectorized<A>;
   static constexpr int64_t kColumns = kPanel<A>;
 
-  const Conv2dBackwardWeight& p;
-  const ConvShape& s;
-  ConvReach y, x;
-  int64_t panels, pitch;  // of x's channels; of a tile's transformed pixels of x
-  bool plain;
-  Tiles tiles;
-  int64_t parts, slices;  // of the blocks; of dy's channels
-  ImageLayout x_layout, dy_layout;
+  const Conv2dBackwardWeight p;
+  const ConvShape& s = p.shape;
+  const ConvReach y, x;
+  const int64_t panels, pitch;  // of x's channels; of a tile's transformed pixels of x
+  const bool plain;
+  const Tiles tiles;
+  const ConvParts split;
+  const ImageLayout x_layout, dy_layout;
   A *sums, *bias_sums, *zeros;
-  size_t shared_bytes, thread_bytes;
+  const ConvMemory memory;
 
-  explicit WeightGradient(const Conv2dBackwardWeight& p)
-      : p(p),
-        s(p.shape),
+  explicit WeightGradient(const Conv2dBackwardWeight& a)
+      : p(a),
         y(s.y, false),
         x(s.x, false),
         panels((s.ci + kColumns - 1) / kColumns),
         pitch(spread(panels * kColumns)),
         plain(s.channels_last && std::is_same_v<T, A>),
         tiles(s.n, y.out, x.out, std::clamp<int64_t>(s.ci * s.co / 192, 48, 192)),
+        split(sums_of_part() * int64_t(sizeof(A)), tiles.blocks.count, s.groups, s.co, p.threads),
         x_layout{s.groups * s.ci, int64_t(y.in) * x.in, s.channels_last},
-        dy_layout{s.groups * s.co, int64_t(y.out) * x.out, s.channels_last} {
-    const int64_t part_bytes = sums_of_part() * int64_t(sizeof(A));
-    parts = std::clamp<int64_t>(kPartBytes / std::max<int64_t>(part_bytes, 1), 1, kParts);
-    parts = std::max<int64_t>(1, std::min(parts, tiles.blocks.count / 4));
-    // Slices do not change any sum, so they may depend on the threads; each of them transforms the images' tiles once
-    // more.
-    const int64_t wanted = p.threads == 1 ? 1 : (2 * p.threads + parts * s.groups - 1) / (parts * s.groups);
-    slices = std::max<int64_t>(1, std::min(wanted, s.co / (4 * kTileRows)));
-    ConvScratch shared{nullptr};
-    layout_shared(shared), shared_bytes = shared.used;
-    ConvScratch own{nullptr};
-    Own(*this, own), thread_bytes = own.used;
-  }
+        dy_layout{s.groups * s.co, int64_t(y.out) * x.out, s.channels_last},
+        memory(*this) {}
 
   int64_t row() const { return panels * kColumns; }  // of sums: one channel of dy at one point
   int64_t point() const { return spread_points(s.co * row()); }
   int64_t sums_of_part() const { return s.groups * kPoints * point(); }
-  int64_t slice(int64_t i) const { return s.co * i / slices; }
-  int64_t dy_pitch() const { return spread((s.co + slices - 1) / slices); }
+  int64_t dy_pitch() const { return spread(split.widest()); }
   // From one point of a block's transformed pixels, or of dy's, to the next.
   int64_t pixels_point() const { return spread_points(tiles.most() * pitch); }
   int64_t gradients_point() const { return spread_points(tiles.most() * dy_pitch()); }
-  size_t bytes() const { return shared_bytes + p.threads * thread_bytes; }
+  size_t bytes() const { return memory.bytes(p.threads); }
 
   void layout_shared(ConvScratch& scratch) {
-    sums = scratch.take<A>(parts * sums_of_part());
-    bias_sums = scratch.take<A>(parts * s.groups * s.co);
+    sums = scratch.take<A>(split.parts * sums_of_part());
+    bias_sums = scratch.take<A>(split.parts * s.groups * s.co);
     zeros = scratch.take<A>(std::max(s.ci, s.co) + kColumns);
   }
 
@@ -161,14 +145,15 @@ struct WeightGradient {
   }
 
   void run_item(int64_t item, const Own& own) const {
-    const int64_t i = item % slices, group = item / slices % s.groups, part = item / slices / s.groups;
+    const int64_t i = item % split.slices, group = item / split.slices % s.groups,
+                  part = item / split.slices / s.groups;
     A* const to = sums + (part * s.groups + group) * kPoints * point();
     A* const bias_to = bias_sums + (part * s.groups + group) * s.co;
-    const int64_t first = tiles.blocks.count * part / parts;
-    std::fill(bias_to + slice(i), bias_to + slice(i + 1), A(0));
-    for (int64_t b = first; b < tiles.blocks.count * (part + 1) / parts; b++) {
-      add_block(b, b == first, group, slice(i), slice(i + 1), own, to);
-      for (int64_t o = slice(i); o < slice(i + 1); o++) bias_to[o] += own.bias[o - slice(i)];
+    const int64_t first = tiles.blocks.count * part / split.parts;
+    std::fill(bias_to + split.slice(i), bias_to + split.slice(i + 1), A(0));
+    for (int64_t b = first; b < tiles.blocks.count * (part + 1) / split.parts; b++) {
+      add_block(b, b == first, group, split.slice(i), split.slice(i + 1), own, to);
+      for (int64_t o = split.slice(i); o < split.slice(i + 1); o++) bias_to[o] += own.bias[o - split.slice(i)];
     }
   }
 
@@ -177,7 +162,7 @@ struct WeightGradient {
     const int64_t group = channel / s.co, o = channel % s.co;
     A* const first = sums + group * kPoints * point() + o * row();
     T* const to = static_cast<T*>(p.dweight) + channel * s.ci * 9;
-    for (int64_t part = 1; part < parts; part++) {
+    for (int64_t part = 1; part < split.parts; part++) {
       for (int64_t i = 0; i < kPoints; i++)
         for (int64_t j = 0; j < row(); j += kColumns) {
           A* const at = first + i * point() + j;
@@ -198,37 +183,24 @@ struct WeightGradient {
   }
 
   void run() {
-    ConvScratch shared{static_cast<char*>(p.workspace)};
+    ConvScratch shared = memory.shared_at(p.workspace);
     layout_shared(shared);
     std::fill_n(zeros, std::max(s.ci, s.co) + kColumns, A(0));
     parallel(p.threads, [&](Team team) {
-      ConvScratch scratch{static_cast<char*>(p.workspace) + shared_bytes + team.rank * thread_bytes};
+      ConvScratch scratch = memory.own_at(p.workspace, team.rank);
       const Own own(*this, scratch);
-      team.for_each(parts * slices * s.groups, [&](int64_t item) { run_item(item, own); });
+      team.for_each(split.parts * split.slices * s.groups, [&](int64_t item) { run_item(item, own); });
       team.for_each(s.groups * s.co, [&](int64_t channel) { finish(channel); });
     });
   }
 };
 
-template <class F>
-void with_gradient(const Conv2dBackwardWeight& a, F f) {
-  switch (a.shape.dtype) {
-    case DType::kFloat16: return f(WeightGradient<c10::Half>(a));
-    case DType::kBFloat16: return f(WeightGradient<c10::BFloat16>(a));
-    default: return f(WeightGradient<float>(a));
-  }
-}
-
 }  // namespace
 }  // namespace winograd
 
 size_t conv2d_winograd_backward_weight_workspace(const Conv2dBackwardWeight& a) {
-  size_t bytes = 0;
-  winograd::with_gradient(a, [&](const auto& gradient) { bytes = gradient.bytes(); });
-  return bytes;
+  return conv_workspace<winograd::WeightGradient, false>(a);
 }
-void conv2d_winograd_backward_weight(const Conv2dBackwardWeight& a) {
-  winograd::with_gradient(a, [](auto gradient) { gradient.run(); });
-}
+void conv2d_winograd_backward_weight(const Conv2dBackwardWeight& a) { conv_run<winograd::WeightGradient, false>(a); }
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY
