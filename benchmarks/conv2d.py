@@ -51,21 +51,11 @@ def algorithms(shape: tuple, window: tuple, layout: str) -> Iterator[str]:
     """Those that are worth a look for a shape."""
     yield "auto"
     (_, ci, co, _), (kernel, stride, _, groups) = shape, window
-    if groups < ci:
-        yield "im2col"
-    elif layout == "nhwc":
-        yield "depthwise"
+    yield "depthwise" if groups == ci else "im2col"
     if min(ci, co) // groups <= 16:
         yield "direct"
     if kernel == 3 and stride == 1 and groups == 1:
         yield "winograd"
-
-
-def has_kernel(algorithm: str, what: str, stride: int) -> bool:
-    """Whether a pass has one of its own; where not, im2col's would be timed under another name."""
-    return {"direct": what == "forward" or (what == "to input" and stride == 1), "depthwise": what != "to weight"}.get(
-        algorithm, True
-    )
 
 
 class Bench:
@@ -122,7 +112,7 @@ class Bench:
 
         yield self.case(f"{algorithm} forward", floor, lambda f: f(x, weight, bias), forward, self.reference, tolerance)
         for name, mask in (("to input", [True, False, False]), ("to weight", [False, True, True])):
-            if (name == "to input" and x.shape[1] <= 3) or not has_kernel(algorithm, name, self.stride):
+            if name == "to input" and x.shape[1] <= 3:
                 continue  # nobody asks for the gradient to an image
             digits = tolerance * (10 if name == "to weight" else 1)  # sums over all pixels
             yield self.case(f"{algorithm} {name}", floor, lambda f, m=mask: f(dy, x, weight, m), backward,

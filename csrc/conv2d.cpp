@@ -150,6 +150,8 @@ FASTNORM_CONV2D_RUN(Conv2dBackwardInput, backward_input,
                     FASTNORM_CONV2D_CASE(kWinograd, winograd, backward_input))
 FASTNORM_CONV2D_RUN(Conv2dBackwardWeight, backward_weight,
                     FASTNORM_CONV2D_CASE(kIm2col, im2col, backward_weight)
+                    FASTNORM_CONV2D_CASE(kDirect, direct, backward_weight)
+                    FASTNORM_CONV2D_CASE(kDepthwise, depthwise, backward_weight)
                     FASTNORM_CONV2D_CASE(kWinograd, winograd, backward_weight))
 // clang-format on
 
@@ -173,8 +175,10 @@ Tensor conv2d_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
   if (device == Device::kMeta) return empty();
   const ConvShape shape = shape_of(x, weight, window, format);
   const ConvAlgorithm chosen = choose(forced, shape, ConvPass::kForward, device);
-  if (chosen == ConvAlgorithm::kTorch)
-    return torch_activate(kind, torch_convolution(x, weight, bias, window), negative_slope).contiguous(format);
+  if (chosen == ConvAlgorithm::kTorch) {
+    Tensor z = torch_convolution(x, weight, bias, window);
+    return (kind == Activation::kRelu ? at::relu_(z) : torch_activate(kind, z, negative_slope)).contiguous(format);
+  }
   Tensor y = empty();
   const Tensor dense_x = x.contiguous(format), dense_weight = weight.contiguous();
   const OptionalTensor dense_bias = contiguous(bias);

@@ -1,17 +1,24 @@
 // Convolution (cross-correlation) of images: what the host file hands to the kernels.  No torch here.
 //
-//   y[n][o][p]    = activation(bias[o] + sum over c and taps t of weight[o][c][t] * x[n][c][p * stride - pad + t *
-//   dilation]) dx[n][c][i]   = sum over o and the (p, t) that meet i of weight[o][c][t] * dy[n][o][p] dweight[o][c][t]
-//   = sum over n and p of dy[n][o][p] * x[n][c][p * stride - pad + t * dilation] dbias[o]      = sum over n and p of
-//   dy[n][o][p]
+//   y[n][o][p] = activation(bias[o] + sum over c and taps t of weight[o][c][t] * x[n][c][at(p, t)])
 //
-// with the taps outside of x left out, and each group's channels for itself.  Sums are in float32, for float64 in
-// float64, and are rounded once.
+//   dx[n][c][i] = sum over o and the (p, t) with at(p, t) = i of weight[o][c][t] * dy[n][o][p]
+//
+//   dweight[o][c][t] = sum over n and p of dy[n][o][p] * x[n][c][at(p, t)]
+//
+//   dbias[o] = sum over n and p of dy[n][o][p]
+//
+// where at(p, t) = p * stride - pad + t * dilation, with the taps outside of x left out, and each group's channels for
+// itself.  Sums are in float32, for float64 in float64, and are rounded once.
 //
 // Algorithms (kernels for one of them say what they take):
+//
 //   im2col     a matrix product with the columns (the taps' pixels) of a few outputs at a time; any convolution
-//   direct     few channels: vectors run along the image's rows; forward, and without strides the gradient to x
-//   depthwise  a group per channel, in channels_last: vectors run along the channels; not the gradient to the weight
+//
+//   direct     few channels: vectors run along the image's rows; the gradient to the weight for up to kDirectTerms
+//
+//   depthwise  a group per channel; the gradient to the weight in channels_last, otherwise that is direct's
+//
 //   winograd   F(4x4, 3x3): 3x3 windows with stride 1 in a quarter of the multiplications, with 10 times the error
 #pragma once
 #include <cstddef>
@@ -25,6 +32,9 @@
 #endif
 
 namespace fastnorm {
+
+// Channels of x in a group, at most, for the direct gradient to the weight, whose sums take a vector each.
+constexpr int64_t kDirectTerms = 16;
 
 enum class ConvAlgorithm { kTorch, kIm2col, kDirect, kDepthwise, kWinograd };
 
@@ -95,10 +105,8 @@ struct Conv2dBackwardWeight {
 namespace cpu {
 FASTNORM_CONV2D_CPU_KERNELS(im2col)
 FASTNORM_CONV2D_CPU_KERNELS(winograd)
-FASTNORM_CONV2D_CPU_KERNEL(direct, forward, Conv2dForward)
-FASTNORM_CONV2D_CPU_KERNEL(direct, backward_input, Conv2dBackwardInput)
-FASTNORM_CONV2D_CPU_KERNEL(depthwise, forward, Conv2dForward)
-FASTNORM_CONV2D_CPU_KERNEL(depthwise, backward_input, Conv2dBackwardInput)
+FASTNORM_CONV2D_CPU_KERNELS(direct)
+FASTNORM_CONV2D_CPU_KERNELS(depthwise)
 }  // namespace cpu
 
 #ifdef FASTNORM_CUDA

@@ -12,10 +12,9 @@ inline bool computes(ConvAlgorithm algorithm, const ConvShape& s, ConvPass pass)
   auto is_3x3 = [](const ConvAxis& a) { return a.kernel == 3 && a.stride == 1 && a.dilation == 1 && a.pad <= 2; };
   switch (algorithm) {
     case ConvAlgorithm::kWinograd: return is_3x3(s.y) && is_3x3(s.x) && s.dtype != DType::kFloat64;
-    case ConvAlgorithm::kDirect:
-      return pass == ConvPass::kForward || (pass == ConvPass::kBackwardInput && s.y.stride == 1 && s.x.stride == 1);
+    case ConvAlgorithm::kDirect: return pass != ConvPass::kBackwardWeight || s.ci <= kDirectTerms;
     case ConvAlgorithm::kDepthwise:
-      return s.ci == 1 && s.co == 1 && s.channels_last && pass != ConvPass::kBackwardWeight;
+      return s.ci == 1 && s.co == 1 && (s.channels_last || pass != ConvPass::kBackwardWeight);
     default: return true;
   }
 }
@@ -40,7 +39,11 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate)
   const ConvMeasure m(s, pass);
   const bool planes = !s.channels_last, forward = pass == ConvPass::kForward,
              to_weight = pass == ConvPass::kBackwardWeight;
-  auto takes = [&](ConvAlgorithm a, bool here) { return here && computes(a, s, pass); };
+  // Strides leave gaps in the gradient to x, which direct kernels would fill with zeros.
+  const bool strides = s.y.stride > 1 || s.x.stride > 1, gaps = strides && pass == ConvPass::kBackwardInput;
+  auto takes = [&](ConvAlgorithm a, bool here) {
+    return here && computes(a, s, pass) && !(a == ConvAlgorithm::kDirect && gaps);
+  };
   // Past the caches torch pays for page faults and for reading what it is going to overwrite.
   const bool large = m.results * 4 > (int64_t(16) << 20);
 
@@ -49,20 +52,29 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate)
     return ConvAlgorithm::kWinograd;
   // Groups of few channels leave the lanes of a matrix product empty; pixels fill them.
   if (s.groups > 1) {
-    if (takes(ConvAlgorithm::kDepthwise, s.taps() <= 9 && s.y.stride == 1 && s.x.stride == 1))
-      return ConvAlgorithm::kDepthwise;
+    if (s.ci == 1 && s.co == 1) {
+      // Short rows leave torch's kernels in the caches, and ours with much to do between them.
+      const int width = std::min(s.x.in, s.x.out);
+      if (takes(ConvAlgorithm::kDepthwise, planes || width >= 20)) return ConvAlgorithm::kDepthwise;
+      if (takes(ConvAlgorithm::kDirect, to_weight && planes && width >= 12)) return ConvAlgorithm::kDirect;
+      return ConvAlgorithm::kTorch;
+    }
+    if (takes(ConvAlgorithm::kDirect, to_weight && s.ci <= 8)) return ConvAlgorithm::kDirect;
+    if (to_weight) return planes ? ConvAlgorithm::kIm2col : ConvAlgorithm::kTorch;
     if (takes(ConvAlgorithm::kDirect, planes ? m.made <= 32 : m.made > 1 && m.made <= 8)) return ConvAlgorithm::kDirect;
     if (planes && s.ci > 1) return ConvAlgorithm::kIm2col;
     return ConvAlgorithm::kTorch;
   }
   // So do the first layers, and LeNet's.
+  if (takes(ConvAlgorithm::kDirect, to_weight && s.ci <= 4)) return ConvAlgorithm::kDirect;
+  if (to_weight && s.ci < 16) return planes ? ConvAlgorithm::kIm2col : ConvAlgorithm::kTorch;
   if (takes(ConvAlgorithm::kDirect, planes && (m.terms <= 4 || m.made <= 4 || (m.terms <= 8 && m.made <= 8))))
     return ConvAlgorithm::kDirect;
   if (takes(ConvAlgorithm::kDirect, !planes && m.terms <= 4 && (m.made <= 8 || large || s.taps() * m.terms >= 75)))
     return ConvAlgorithm::kDirect;
   if (takes(ConvAlgorithm::kDirect, !planes && m.terms <= 16 && m.made <= 6)) return ConvAlgorithm::kDirect;
+  if (forward && planes && m.terms < 16) return ConvAlgorithm::kIm2col;
   // oneDNN converts planes to layouts of its own and back, and turns channels_last weights' gradients round.
-  const bool strides = s.y.stride > 1 || s.x.stride > 1;
   if (planes && m.terms >= 64 && m.made >= 64 && s.taps() <= 9) {
     const bool many = s.ci * s.co >= 512 * 512 || (strides && s.taps() == 1);
     return to_weight && s.taps() < 9 && many ? ConvAlgorithm::kTorch : ConvAlgorithm::kIm2col;

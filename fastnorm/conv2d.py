@@ -18,6 +18,7 @@ from .module import intercept, intercepted
 
 _forward = ops.conv2d_forward.default
 _backward = ops.conv2d_backward.default
+_SLOPE = 0.01  # of leaky_relu in the kernels
 _DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 Size2d = int | Sequence[int]
@@ -92,13 +93,13 @@ def conv2d(
 
 def _conv2d(x, weight, bias, stride, padding, dilation, groups, activation, algorithm="auto"):
     if x.dtype not in _DTYPES:
-        return activate(F.conv2d(x, weight, bias, stride, padding, dilation, groups), activation, 0.01)
+        return activate(F.conv2d(x, weight, bias, stride, padding, dilation, groups), activation, _SLOPE)
     if isinstance(padding, str):
         x, padding = _pad(x, weight, stride, padding, dilation)
     if torch.compiler.is_compiling():
         y = _forward(
             x if x.dim() != 3 else x.unsqueeze(0), weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups,
-            activation or "none", 0.01, algorithm,
+            activation or "none", _SLOPE, algorithm,
         )  # fmt: skip
         return y if x.dim() != 3 else y.squeeze(0)
     return extension.conv2d(x, weight, bias, stride, padding, dilation, groups, activation or "none", algorithm)
@@ -191,10 +192,19 @@ class Conv2d(nn.Conv2d):
         return self._conv_forward(input, self.weight, self.bias)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._convolve(input, weight, bias, self.activation)
+
+    def fused(self, input: Tensor, residual: None, activation: str | None, negative_slope: float) -> Tensor:
+        """forward() with another activation than the module's own: what fastnorm.fuse calls."""
+        if negative_slope != _SLOPE:
+            return activate(self._convolve(input, self.weight, self.bias, None), activation, negative_slope)
+        return self._convolve(input, self.weight, self.bias, activation)
+
+    def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
-        return _conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups, self.activation)
+        return _conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups, activation)
 
     def extra_repr(self) -> str:
         text = super().extra_repr()

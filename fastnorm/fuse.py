@@ -1,7 +1,7 @@
-"""Norms and what follows them become one call, in the forward of a model that exists.
+"""Norms, convolutions and what follows them become one call, in the forward of a model that exists.
 
-Each module is traced by itself (_trace.py). Where a norm is followed by an activation, or by an addition, and nothing
-else sees what is between, the module's class becomes a subclass of it whose forward makes one call instead. Everything
+Each module is traced by itself (_trace.py). Where a norm is followed by an activation, or by an addition, or a
+convolution by an activation, and nothing else sees what is between, the module's class becomes a subclass of it whose forward makes one call instead. Everything
 else of the module stays, and the original forward is there for whatever the trace did not foresee.
 """
 
@@ -24,6 +24,7 @@ from torch.package import sys_importer
 from . import functional
 from ._trace import ABSENT, GIVEN, SEQUENCE, TENSOR, Guards, Trace, Untraceable, freeze, traces
 from .activation import activate
+from .conv2d import Conv2d
 from .convert import (
     ORIGINAL,
     ConvertReport,
@@ -68,6 +69,9 @@ _NORM_FUNCTIONS = {
     for library in (F, functional)
 }
 
+# What a call can be fused into; a convolution adds nothing to its result.
+_FUSIBLE = (FusedNorm, Conv2d)
+
 # Modules whose output is no view of their input
 _MAKE_NEW = (
     nn.modules.conv._ConvNd,
@@ -79,7 +83,7 @@ _MAKE_NEW = (
 
 
 def fuse(model: nn.Module, *, skip: Skip = (), save_memory: bool = False) -> nn.Module:
-    """Turns norm -> activation and norm -> addition -> activation into one call each, in place.
+    """Turns norm -> (addition ->) activation and convolution -> activation into one call each, in place.
 
     The model's torch.nn layers become fastnorm's (:func:`fastnorm.convert`); then the forward of every module that can
     be traced makes fused calls. Modules keep their class's name and methods, their attributes, hooks and names, and the
@@ -127,7 +131,7 @@ def fuse(model: nn.Module, *, skip: Skip = (), save_memory: bool = False) -> nn.
 
 
 def _may_be_rewritten(module: nn.Module) -> bool:
-    if isinstance(module, torch.jit.ScriptModule) or not any(isinstance(m, FusedNorm) for m in module.modules()):
+    if isinstance(module, torch.jit.ScriptModule) or not any(isinstance(m, _FUSIBLE) for m in module.modules()):
         return False
     return isinstance(module, nn.Sequential | fx.GraphModule) or type(module).__module__.partition(".")[0] != "torch"
 
@@ -152,7 +156,8 @@ class Plan:
 
 @dataclass
 class Match:
-    """norm -> [addition ->] [activation] in a graph; `last` is what the call takes the place of."""
+    """norm -> [addition ->] [activation] in a graph; `last` is what the call takes the place of. The norm may be a
+    convolution."""
 
     norm: fx.Node
     addition: fx.Node | None = None
@@ -230,11 +235,14 @@ def _matches(graph: fx.Graph, root: nn.Module, left: set[int]) -> tuple[list[Mat
 
 def _match(norm: fx.Node, root: nn.Module) -> Match | None:
     match = Match(norm)
+    convolution = norm.op == "call_module" and isinstance(root.get_submodule(norm.target), Conv2d)
     for user in sorted(norm.users, key=lambda u: _activation(u, root) is None):
         found = _activation(user, root)
         if found and user.args[0] is norm:
             match.activation, (match.name, match.slope) = user, found
             return match
+        if convolution:
+            continue
         if isinstance(other := _other_operand(user, norm), fx.Node):
             match.addition, match.residual = user, other
             for next_user in user.users:
@@ -289,7 +297,7 @@ def _is_norm(node: fx.Node, root: nn.Module) -> bool:
     if node.op != "call_module" or len(node.args) > 1 or node.kwargs:
         return False
     module = root.get_submodule(node.target)
-    return isinstance(module, FusedNorm) and module.activation is None
+    return isinstance(module, _FUSIBLE) and module.activation is None
 
 
 def _activation(node: fx.Node, root: nn.Module) -> tuple[str, float] | None:
@@ -439,7 +447,7 @@ def call_norm(
     if act is not None:
         name, slope = _module_activation(act) or (None, slope)
     if (
-        isinstance(norm, FusedNorm)
+        isinstance(norm, _FUSIBLE)
         and norm.activation is None
         and _is_plain(norm)
         and (act is None or (name is not None and _is_plain(act)))

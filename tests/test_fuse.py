@@ -118,7 +118,7 @@ def test_functions_and_methods(then):
     ids=repr,
 )  # fmt: skip
 def test_modules(act):
-    model = nn.Sequential(nn.BatchNorm2d(4), act)
+    model = nn.Sequential(nn.BatchNorm2d(4), copy.deepcopy(act))
     assert len(fused(copy.deepcopy(model))) == 1
     assert_equivalent(model)
 
@@ -127,6 +127,44 @@ def statement_in_place(y, x):
     y += x
     y.relu_()
     return y * 2
+
+
+CONVOLUTION_THEN = {
+    "relu": nn.ReLU(inplace=True), "leaky_relu": nn.LeakyReLU(), "another slope": nn.LeakyReLU(0.3), "gelu": nn.GELU(),
+    "relu6": nn.ReLU6(), "elu": nn.ELU(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("act", CONVOLUTION_THEN)
+def test_convolutions(act):
+    act = CONVOLUTION_THEN[act]
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3), act, nn.Conv2d(6, 4, 1, padding_mode="reflect"), nn.BatchNorm2d(4), copy.deepcopy(act)
+    )
+    name = type(act).__name__
+    assert fused(copy.deepcopy(model)) == [f"0 (Conv2d) + 1 ({name})", f"3 (BatchNorm2d) + 4 ({name})"]
+    assert_equivalent(model)
+
+
+def test_convolutions_and_slopes_that_change():
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.LeakyReLU())
+    other = fastnorm.fuse(copy.deepcopy(model))
+    model[1].negative_slope = other[1].negative_slope = 0.7
+    x = torch.randn(2, 4, 6, 6)
+    torch.testing.assert_close(other(x), model(x))
+
+
+def test_a_convolution_leaves_sums_alone():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.norm = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return F.relu(self.a(x) + self.norm(self.b(x)))
+
+    assert fused(Sum()) == ["norm (BatchNorm2d) + add + relu"]
+    assert_equivalent(Sum())
 
 
 def test_statements_in_place():

@@ -1,123 +1,304 @@
-// Convolution of every channel for itself in [pixels][channels], and its gradient to the input; ../conv2d.h has the
-// formulas.  Vectors are of neighbouring channels.
+// Convolution of every channel for itself, and its gradient to the input; ../conv2d.h has the formulas.
 //
-// Floor: x read and y written once; a row's taps read what the row before them brought into the cache.  kTogether
-// pixels share a tap's weights in registers; where windows reach outside of the image, or strides leave gaps, pixels go
-// one by one.
+// Floor: x read and y written once.  In planes, vectors are of neighbouring pixels of a row: a channel's rows are
+// copied with zeros around them (conv2d_planes.h), a tile of results stays in registers for all taps, and a block of
+// results goes to memory in one piece.  In [pixels][channels], vectors are of neighbouring channels, a few pixels of
+// which share a tap's weights in registers.
+#include "conv2d_planes.h"
 #include "conv2d_problem.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
-constexpr int kTogether = 4;
+// Whether results go past the caches, in runs of so many.
+template <class T>
+bool streams_runs(const ConvWork<T>& work, int64_t run) {
+  const int64_t in_bytes = work.n * work.in_layout.channels * work.in_layout.pixels * int64_t(sizeof(T));
+  return streams(work.p.out, run * sizeof(T), in_bytes + work.out_bytes());
+}
+
+// ---- Planes ---------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kPixels = 4096;  // of a block: with what they see, they stay in the caches nearby
+constexpr int kTileVectors = 8;    // enough independent sums for both FMA units
 
 template <class T>
-struct Depthwise : ConvWork<T> {
+struct DepthwisePlanes : ConvWork<T> {
   using Work = ConvWork<T>;
   using typename Work::A, typename Work::V;
-  using Work::p, Work::y, Work::x, Work::n;
+  using Work::p, Work::x, Work::y, Work::n, Work::groups, Work::out_layout;
+  static constexpr int64_t kLane = V::size();
 
-  const int64_t channels, taps;
-  A *weights, *bias;  // [tap][channel], [channel]
+  const int64_t taps;
+  const ConvPlanes planes;
+  const ConvBlocks blocks;  // of one sample
+  const bool streaming;
+  A *weights, *bias;  // [channel][tap], [channel]
+  int64_t* offset;    // of each tap in a plane
   const ConvMemory memory;
 
-  explicit Depthwise(const ConvProblem& problem)
-      : Work(problem), channels(Work::groups), taps(p.shape.taps()), memory(*this) {}
+  explicit DepthwisePlanes(const ConvProblem& problem)
+      : Work(problem),
+        taps(p.shape.taps()),
+        planes(p.shape, p.backward, kTileVectors * kLane),
+        blocks(n, y.out, x.out, std::min(kPixels, out_layout.pixels)),
+        streaming(streams_runs(*this, blocks.rows * x.out) && out_layout.pixels * sizeof(T) % 64 == 0),
+        memory(*this) {}
 
-  void layout_shared(ConvScratch& s) { weights = s.take<A>(taps * channels), bias = s.take<A>(channels); }
+  void layout_shared(ConvScratch& s) {
+    weights = s.take<A>(groups * taps), bias = s.take<A>(groups), offset = s.take<int64_t>(taps);
+  }
   struct Own {
-    Own(const Depthwise&, ConvScratch&) {}
+    A *image, *results;
+
+    Own(const DepthwisePlanes& q, ConvScratch& s) {
+      image = s.take<A>(q.planes.plane(q.blocks.rows));
+      results = s.take<A>(q.blocks.rows * q.x.out + kTileVectors * kLane);
+    }
   };
   size_t bytes() const { return memory.bytes(p.threads); }
 
-  void pack() const {
-    for (int64_t c = 0; c < channels; c++) {
-      for (int64_t t = 0; t < taps; t++) weights[t * channels + c] = A(static_cast<const T*>(p.weight)[c * taps + t]);
-      bias[c] = this->bias_of(c, 0);
+  // R rows of N vectors of results, of which what is beyond a row's end is overwritten by the next row's.
+  template <int R, int N>
+  void run_tile(const A* at, int64_t channel, A* to) const {
+    V sum[R][N];
+    const V start(bias[channel]);
+    for (auto& row : sum)
+      for (auto& v : row) v = start;
+    const A* const w = weights + channel * taps;
+    for (int64_t k = 0; k < taps; k++) {
+      const V scale(w[k]);
+      const A* const from = at + offset[k];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int i = 0; i < N; i++)
+          sum[r][i] = at::vec::fmadd(scale, V::loadu(from + r * planes.row_step() + i * kLane), sum[r][i]);
     }
+    for (int r = 0; r < R; r++)
+      for (int i = 0; i < N; i++) this->activate_simple(sum[r][i]).store(to + r * x.out + i * kLane);
   }
 
-  template <class Count>
-  void finish(T* to, Pack<A> v, Count count) const {
-    if (this->simple_activation()) return store(to, {this->activate_simple(v.a), this->activate_simple(v.b)}, count);
-    A values[Pack<A>::kLanes];
-    store<A>(values, v, Full<A>());
-    this->activate_all(values, Pack<A>::kLanes);
-    store(to, load<A>(values, Full<A>()), count);
-  }
-
-  // P pixels from `column` on, all of whose taps within [first, end) rows of taps are inside.
-  template <int P, class Count>
-  void run_pixels(const T* sample, T* to, int64_t row, int64_t column, int first, int end, int64_t c,
-                  Count count) const {
-    Pack<A> sum[P];
-    const Pack<A> start = load<A>(bias + c, count);
-    for (auto& s : sum) s = start;
-    for (int ky = first; ky < end; ky++)
-      for (int kx = 0; kx < x.kernel; kx++) {
-        const Pack<A> w = load<A>(weights + (int64_t(ky) * x.kernel + kx) * channels + c, count);
-        const T* const at = sample + (y.position(row, ky) * x.in + x.position(column, kx)) * channels + c;
-        const int64_t step = (p.backward ? 1 : x.stride) * channels;
-#pragma GCC unroll 4
-        for (int i = 0; i < P; i++) sum[i] = fmadd(w, load(at + i * step, count), sum[i]);
-      }
-    for (int i = 0; i < P; i++) finish(to + (column + i) * channels + c, sum[i], count);
-  }
-
-  // One pixel, any taps.
-  template <class Count>
-  void run_pixel(const T* sample, T* to, int64_t row, int64_t column, int64_t c, Count count) const {
-    Pack<A> sum = load<A>(bias + c, count);
-    for (int ky = 0; ky < y.kernel; ky++)
-      for (int kx = 0; kx < x.kernel; kx++) {
-        if (!sees(y, row, ky) || !sees(x, column, kx)) continue;
-        const T* const at = sample + (y.position(row, ky) * x.in + x.position(column, kx)) * channels + c;
-        sum = fmadd(load<A>(weights + (int64_t(ky) * x.kernel + kx) * channels + c, count), load(at, count), sum);
-      }
-    finish(to + column * channels + c, sum, count);
-  }
-  static bool sees(const ConvReach& a, int64_t result, int tap) {
-    if (a.backward && (result + a.pad - int64_t(tap) * a.dilation) % a.stride != 0) return false;
-    const int64_t at = a.position(result, tap);
-    return at >= 0 && at < a.in;
-  }
-
-  void run_row(int64_t n, int64_t row) const {
-    const T* const sample = static_cast<const T*>(p.in) + n * y.in * x.in * channels;
-    T* const to = static_cast<T*>(p.out) + (n * y.out + row) * x.out * channels;
-    const bool gaps = p.backward && (x.stride > 1 || y.stride > 1);
-    // The rows of taps, and the columns, whose windows are inside.
-    int first = 0, end = y.kernel;
-    while (first < end && !sees(y, row, first)) first++;
-    while (end > first && !sees(y, row, end - 1)) end--;
-    int64_t low = 0, high = x.out;
-    auto whole = [&](int64_t column) { return sees(x, column, 0) && sees(x, column, x.kernel - 1); };
-    while (low < high && !whole(low)) low++;
-    while (high > low && !whole(high - 1)) high--;
-    if (gaps) low = high = 0;
-    auto one = [&](int64_t column) {
-      for_packs<T>(channels, [&](int64_t c, auto count, auto) { run_pixel(sample, to, row, column, c, count); });
+  void run_item(int64_t item, const Own& own) const {
+    const int64_t channel = item % groups;
+    const ConvBlock block = blocks(item / groups, n, y.out);
+    const int64_t rows = block.row_end - block.row, vectors = (x.out + kLane - 1) / kLane;
+    planes.read(static_cast<const T*>(p.in) + block.sample * this->in_layout.channels * this->in_layout.pixels,
+                this->in_layout, channel, 1, block.row, block.row_end, own.image, 0);
+    // Rows from left to right: a tile's last vector may reach into the next row, which is written later.
+    const int64_t pieces = (vectors + kTileVectors - 1) / kTileVectors, piece = (vectors + pieces - 1) / pieces;
+    auto run_rows = [&](auto row_count, int64_t row) {
+      constexpr int R = row_count;
+      for (int64_t first = 0; first < vectors; first += piece)
+        with_count<kTileVectors / R>(std::min(piece, vectors - first), [&](auto count) {
+          const A* const at = own.image + row * planes.row_step() + first * kLane;
+          this->template run_tile<R, count>(at, channel, own.results + row * x.out + first * kLane);
+        });
     };
-    int64_t column = 0;
-    for (; column < low; column++) one(column);
-    for (; column + kTogether <= high; column += kTogether)
-      for_packs<T>(channels, [&](int64_t c, auto count, auto) {
-        run_pixels<kTogether>(sample, to, row, column, first, end, c, count);
-      });
-    for (; column < x.out; column++) one(column);
+    int64_t row = 0;
+    auto run_all = [&](auto row_count) {
+      for (; row + row_count <= rows; row += row_count) run_rows(row_count, row);
+    };
+    if (piece == 1) run_all(std::integral_constant<int, 8>());
+    if (piece <= 2) run_all(std::integral_constant<int, 4>());
+    if (piece <= 4) run_all(std::integral_constant<int, 2>());
+    run_all(std::integral_constant<int, 1>());
+    if (!this->simple_activation()) this->activate_all(own.results, rows * x.out);
+    T* const to = static_cast<T*>(p.out) + (block.sample * groups + channel) * out_layout.pixels + block.row * x.out;
+    for_packs<T>(rows * x.out, [&](int64_t i, auto count, auto again) {
+      store_output<T>(to + i, load<A>(own.results + i, count), count, again, streaming);
+    });
   }
 
   void run() {
     ConvScratch shared = memory.shared_at(p.workspace);
     layout_shared(shared);
-    pack();
+    for (int64_t c = 0; c < groups; c++) bias[c] = this->bias_of(c, 0);
+    for (int64_t i = 0; i < groups * taps; i++) weights[i] = A(static_cast<const T*>(p.weight)[i]);
+    for (int64_t k = 0; k < taps; k++) offset[k] = planes.offset(k / x.kernel, k % x.kernel);
     prefer_huge_pages(p.out, this->out_bytes());
-    constexpr int64_t kRows = 4;  // of a work item
+    parallel(p.threads, [&](Team team) {
+      ConvScratch scratch = memory.own_at(p.workspace, team.rank);
+      const Own own(*this, scratch);
+      std::fill_n(own.image, planes.plane(blocks.rows), A(0));
+      team.for_each(blocks.count * groups, [&](int64_t item) { run_item(item, own); });
+    });
+  }
+};
+
+// ---- Pixels of channels ---------------------------------------------------------------------------------------------
+
+constexpr int64_t kTogether = 4;  // pixels
+constexpr int64_t kRows = 4;      // of a work item
+
+template <class T>
+struct DepthwisePixels : ConvWork<T> {
+  using Work = ConvWork<T>;
+  using typename Work::A, typename Work::V;
+  using Work::p, Work::y, Work::x, Work::n;
+
+  const int64_t channels, taps;
+  const bool streaming;
+  A *weights, *bias;  // [tap][channel], [channel]
+  T* zeros;           // a pixel
+  const ConvMemory memory;
+
+  explicit DepthwisePixels(const ConvProblem& problem)
+      : Work(problem),
+        channels(Work::groups),
+        taps(p.shape.taps()),
+        streaming(streams_runs(*this, channels)),
+        memory(*this) {}
+
+  void layout_shared(ConvScratch& s) {
+    weights = s.take<A>(taps * channels), bias = s.take<A>(channels), zeros = s.take<T>(channels);
+  }
+  // What the taps of some pixels see: either of all of them in even steps, or of each by itself.
+  struct Seen {
+    const T** at;  // [tap] or [tap][kTogether]
+    int64_t* tap;  // its number
+    int64_t count;
+  };
+  struct Own {
+    Seen even, each;
+
+    Own(const DepthwisePixels& q, ConvScratch& s) {
+      even = {s.take<const T*>(q.taps), s.take<int64_t>(q.taps), 0};
+      each = {s.take<const T*>(q.taps * kTogether), s.take<int64_t>(q.taps), 0};
+    }
+  };
+  size_t bytes() const { return memory.bytes(p.threads); }
+
+  template <class Count>
+  void finish(T* to, Pack<A> v, Count count) const {
+    if (this->simple_activation()) {
+      v = {this->activate_simple(v.a), this->activate_simple(v.b)};
+    } else {
+      A values[Pack<A>::kLanes];
+      store<A>(values, v, Full<A>());
+      this->activate_all(values, Pack<A>::kLanes);
+      v = load<A>(values, Full<A>());
+    }
+    store_output<T>(to, v, count, Zero(), streaming);
+  }
+
+  // P pixels, `step` apart in x (if that is even) and to_step in y.
+  template <int P, bool kEven>
+  void run_pixels(const Seen& seen, int64_t shift, int64_t step, T* to, int64_t to_step) const {
+    for_packs<T>(channels, [&](int64_t c, auto count, auto) {
+      Pack<A> sum[P];
+      const Pack<A> start = load<A>(bias + c, count);
+      for (auto& s : sum) s = start;
+      for (int64_t k = 0; k < seen.count; k++) {
+        const Pack<A> w = load<A>(weights + seen.tap[k] * channels + c, count);
+        const T* const first = kEven ? seen.at[k] + shift + c : nullptr;
+#pragma GCC unroll 4
+        for (int i = 0; i < P; i++) {
+          const T* const from = kEven ? first + i * step : seen.at[k * kTogether + i] + c;
+          sum[i] = fmadd(w, load(from, count), sum[i]);
+        }
+      }
+      for (int i = 0; i < P; i++) finish(to + i * to_step + c, sum[i], count);
+    });
+  }
+
+  // The pixels [from, end) of those from `first` on, `apart` of each other, which are worked on one by one.
+  void run_edge(const Own& own, int64_t n, int64_t row, int phase_y, int phase_x, int64_t from, int64_t end,
+                T* to) const {
+    const int64_t first = x.first(phase_x, 0), apart = x.phases();
+    for (int64_t i = from; i < end; i += kTogether) {
+      const int64_t pixels = std::min(kTogether, end - i);
+      Seen seen = own.each;
+      for (int ky = 0; ky < y.kernel; ky++) {
+        const int64_t at_y = y.position(row, ky);
+        if (!y.has_tap(phase_y, ky) || at_y < 0 || at_y >= y.in) continue;
+        for (int kx = 0; kx < x.kernel; kx++) {
+          if (!x.has_tap(phase_x, kx)) continue;
+          bool any = false;
+          for (int64_t j = 0; j < pixels; j++) {
+            const int64_t at_x = x.position(first + (i + j) * apart, kx);
+            const bool inside = at_x >= 0 && at_x < x.in;
+            seen.at[seen.count * kTogether + j] = inside ? pixel(n, at_y, at_x) : zeros;
+            any |= inside;
+          }
+          if (any) seen.tap[seen.count++] = int64_t(ky) * x.kernel + kx;
+        }
+      }
+      T* const results = to + (first + i * apart) * channels;
+      with_count<kTogether>(
+          pixels, [&](auto count) { this->template run_pixels<count, false>(seen, 0, 0, results, apart * channels); });
+    }
+  }
+  const T* pixel(int64_t n, int64_t row, int64_t column) const {
+    return static_cast<const T*>(p.in) + ((n * y.in + row) * x.in + column) * channels;
+  }
+
+  // The taps in the order of what they see in memory.
+  static int in_order(const ConvReach& a, int i) { return a.backward ? a.kernel - 1 - i : i; }
+
+  // Pixels that no row of results has seen before the one after `row`.
+  void prefetch_next(int64_t n, int64_t row, int64_t column, int64_t pixels) const {
+    const int64_t end = std::min<int64_t>(y.end(row + 2), y.in);
+    const int64_t begin = std::clamp<int64_t>(column, 0, x.in), count = std::min(pixels, x.in - begin) * channels;
+    for (int64_t at = std::max<int64_t>(0, y.end(row + 1)); at < end; at++)
+      ConvPlanes::prefetch_row(pixel(n, at, begin), count);
+  }
+
+  void run_row(const Own& own, int64_t n, int64_t row) const {
+    T* const to = static_cast<T*>(p.out) + (n * y.out + row) * x.out * channels;
+    const int phase_y = y.backward ? int((row + y.pad) % y.stride) : 0;
+    for (int phase_x = 0; phase_x < x.phases(); phase_x++) {
+      // This phase's pixels are first + i * apart; one pixel on in i is `step` pixels on in x.
+      const int64_t first = x.first(phase_x, 0), apart = x.phases(), step = p.backward ? 1 : x.stride;
+      const int64_t count = first < x.out ? (x.out - first - 1) / apart + 1 : 0;
+      // Those in [low, high) see all of the phase's taps inside of the image.
+      int64_t low = 0, high = count;
+      Seen seen = own.even;
+      for (int kx = 0; kx < x.kernel; kx++) {
+        if (!x.has_tap(phase_x, kx)) continue;
+        const int64_t at = x.position(first, kx);
+        if (at < 0) low = std::max(low, (-at + step - 1) / step);
+        high = std::min(high, at < x.in ? (x.in - 1 - at) / step + 1 : 0);
+      }
+      if (high - low < kTogether) low = high = count;
+      for (int i = 0; i < y.kernel; i++) {
+        const int ky = in_order(y, i);
+        const int64_t at_y = y.position(row, ky);
+        if (low == count || !y.has_tap(phase_y, ky) || at_y < 0 || at_y >= y.in) continue;
+        for (int j = 0; j < x.kernel; j++)
+          if (const int kx = in_order(x, j); x.has_tap(phase_x, kx)) {
+            seen.at[seen.count] = pixel(n, at_y, x.position(first + low * apart, kx));
+            seen.tap[seen.count++] = int64_t(ky) * x.kernel + kx;
+          }
+      }
+      run_edge(own, n, row, phase_y, phase_x, 0, std::min(low, count), to);
+      for (int64_t i = low; i < high; i += kTogether) {
+        const int64_t from = std::min(i, high - kTogether);  // the last ones together with some before them
+        prefetch_next(n, row, x.position(first + from * apart, 0), kTogether * step);
+        run_pixels<kTogether, true>(seen, (from - low) * step * channels, step * channels,
+                                    to + (first + from * apart) * channels, apart * channels);
+      }
+      run_edge(own, n, row, phase_y, phase_x, high, count, to);
+    }
+  }
+
+  void run() {
+    ConvScratch shared = memory.shared_at(p.workspace);
+    layout_shared(shared);
+    std::fill_n(zeros, channels, T(0));
+    for (int64_t c = 0; c < channels; c++) {
+      for (int64_t t = 0; t < taps; t++) weights[t * channels + c] = A(static_cast<const T*>(p.weight)[c * taps + t]);
+      bias[c] = this->bias_of(c, 0);
+    }
+    prefer_huge_pages(p.out, this->out_bytes());
     const int64_t per_sample = (y.out + kRows - 1) / kRows;
     parallel(p.threads, [&](Team team) {
+      ConvScratch scratch = memory.own_at(p.workspace, team.rank);
+      const Own own(*this, scratch);
       team.for_each(n * per_sample, [&](int64_t i) {
         const int64_t begin = i % per_sample * kRows;
-        for (int64_t row = begin; row < std::min<int64_t>(begin + kRows, y.out); row++) run_row(i / per_sample, row);
+        for (int64_t row = begin; row < std::min<int64_t>(begin + kRows, y.out); row++)
+          run_row(own, i / per_sample, row);
       });
     });
   }
@@ -125,9 +306,17 @@ struct Depthwise : ConvWork<T> {
 
 }  // namespace
 
-size_t conv2d_depthwise_forward_workspace(const Conv2dForward& a) { return conv_workspace<Depthwise>(a); }
-void conv2d_depthwise_forward(const Conv2dForward& a) { conv_run<Depthwise>(a); }
-size_t conv2d_depthwise_backward_input_workspace(const Conv2dBackwardInput& a) { return conv_workspace<Depthwise>(a); }
-void conv2d_depthwise_backward_input(const Conv2dBackwardInput& a) { conv_run<Depthwise>(a); }
+size_t conv2d_depthwise_forward_workspace(const Conv2dForward& a) {
+  return a.shape.channels_last ? conv_workspace<DepthwisePixels>(a) : conv_workspace<DepthwisePlanes>(a);
+}
+void conv2d_depthwise_forward(const Conv2dForward& a) {
+  a.shape.channels_last ? conv_run<DepthwisePixels>(a) : conv_run<DepthwisePlanes>(a);
+}
+size_t conv2d_depthwise_backward_input_workspace(const Conv2dBackwardInput& a) {
+  return a.shape.channels_last ? conv_workspace<DepthwisePixels>(a) : conv_workspace<DepthwisePlanes>(a);
+}
+void conv2d_depthwise_backward_input(const Conv2dBackwardInput& a) {
+  a.shape.channels_last ? conv_run<DepthwisePixels>(a) : conv_run<DepthwisePlanes>(a);
+}
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

@@ -2,10 +2,10 @@
 //
 // Columns of the product are neighbouring pixels of a row, read where they are; rows are channels of the result, a tile
 // of them at a time: so neither few channels to read nor few to make leave lanes or registers idle, as they do where
-// channels are side by side.  An image's rows are copied once, with zeros around them, planes apart, and every
-// stride-th pixel together, so that what the windows of neighbouring pixels see is a run of numbers.
+// channels are side by side.  An image's rows are copied once, as conv2d_planes.h has them.
 //
 // Floor: n * pixels * co * ci * taps multiply-adds; a tile's steps read one vector pair and kTileRows numbers, from L1.
+#include "conv2d_planes.h"
 #include "conv2d_problem.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
@@ -21,10 +21,10 @@ struct Direct : ConvWork<T> {
       Work::out_layout;
 
   const int64_t row_tiles, depth;  // depth: terms of a sum
-  const int64_t step;              // between the pixels that neighbouring results see
-  const int64_t line, image_row;   // of the copy: a row's every step-th pixel, and a row
-  const ConvBlocks blocks;         // of one sample
-  const int64_t plane;             // of the copy: a channel
+  const ConvPlanes planes;
+  const ConvBlocks blocks;  // of one sample
+  const int64_t plane;      // of a block's copy: a channel
+  const bool streaming;
   A *weights, *bias;
   int64_t* offset;  // of each term in the copy, from the first row and pixel that a result sees
   const ConvMemory memory;
@@ -33,11 +33,11 @@ struct Direct : ConvWork<T> {
       : Work(problem),
         row_tiles((results + kTileRows - 1) / kTileRows),
         depth(terms * p.shape.taps()),
-        step(p.backward ? 1 : x.stride),
-        line((x.end(x.out) - x.begin(0) + step - 1) / step + kColumns),
-        image_row(line * step),
+        planes(p.shape, p.backward, kColumns),
         blocks(n, y.out, x.out, std::min(kPixels, out_layout.pixels)),
-        plane(y.span(blocks.rows) * image_row),
+        plane(planes.plane(blocks.rows)),
+        streaming(!p.shape.channels_last && x.out % kColumns == 0 &&
+                  streams(p.out, x.out * sizeof(T), this->out_bytes())),
         memory(*this) {}
 
   void layout_shared(ConvScratch& s) {
@@ -59,10 +59,8 @@ struct Direct : ConvWork<T> {
   void pack() const {
     const int64_t ci = p.shape.ci, co = p.shape.co, taps = p.shape.taps();
     for (int64_t k = 0; k < depth; k++) {
-      const int64_t c = k / taps, tap = k % taps;
-      const int64_t row = y.position(0, tap / x.kernel) - y.begin(0),
-                    column = x.position(0, tap % x.kernel) - x.begin(0);
-      offset[k] = c * plane + row * image_row + column % step * line + column / step;
+      const int64_t tap = k % taps;
+      offset[k] = k / taps * plane + planes.offset(tap / x.kernel, tap % x.kernel);
     }
     const T* const w = static_cast<const T*>(p.weight);
     for (int64_t tile = 0; tile < groups * row_tiles; tile++)
@@ -77,38 +75,6 @@ struct Direct : ConvWork<T> {
       }
   }
 
-  // What a block of one sample sees of a group.
-  void read(const ConvBlock& block, int64_t group, A* image) const {
-    const auto [channels, pixels, channels_last] = in_layout;
-    const T* const sample = static_cast<const T*>(p.in) + block.sample * channels * pixels;
-    const int64_t pixel_step = channels_last ? channels : 1, channel_step = channels_last ? 1 : pixels;
-    for (int64_t c = 0; c < terms; c++)
-      for (int64_t row = y.begin(block.row), i = 0; row < y.end(block.row_end); row++, i++) {
-        A* const to = image + c * plane + i * image_row;
-        const bool inside = row >= 0 && row < y.in;
-        const T* const from = sample + (group * terms + c) * channel_step + row * x.in * pixel_step;
-        for (int64_t phase = 0; phase < step; phase++) {
-          // The columns begin + phase + j * step that are inside of the image.
-          const int64_t first = x.begin(0) + phase;
-          const int64_t low = std::clamp<int64_t>(first >= 0 ? 0 : (-first + step - 1) / step, 0, line);
-          const int64_t high = inside ? std::clamp<int64_t>((x.in - first + step - 1) / step, low, line) : low;
-          A* const start = to + phase * line;
-          std::fill_n(start, low, A(0));
-          const T* const at = from + (first + low * step) * pixel_step;
-          if (high > low) copy_line(at, pixel_step * step, start + low, high - low);
-          std::fill_n(start + high, line - high, A(0));
-        }
-      }
-  }
-  static void copy_line(const T* from, int64_t pitch, A* to, int64_t count) {
-    if (pitch == 1)  // which the compiler then makes vectors of, as of every second pixel
-      for (int64_t i = 0; i < count; i++) to[i] = A(from[i]);
-    else if (pitch == 2)
-      for (int64_t i = 0; i < count; i++) to[i] = A(from[2 * i]);
-    else
-      for (int64_t i = 0; i < count; i++) to[i] = A(from[i * pitch]);
-  }
-
   // A tile's rows and its first columns to channels from `channel` on and pixels from `pixel` on.
   void write(const A* tile, int64_t sample, int64_t channel, int64_t rows, int64_t pixel, int64_t columns) const {
     const auto [channels, pixels, channels_last] = out_layout;
@@ -121,7 +87,7 @@ struct Direct : ConvWork<T> {
     for (int64_t r = 0; r < rows; r++) {
       T* const line = to + (channel + r) * pixels + pixel;
       const A* const from = tile + r * kColumns;
-      columns == kColumns ? store(line, load<A>(from, Full<A>()), Full<T>())
+      columns == kColumns ? store_output<T>(line, load<A>(from, Full<A>()), Full<T>(), Zero(), streaming)
                           : store(line, load<A>(from, columns), columns);
     }
   }
@@ -129,13 +95,14 @@ struct Direct : ConvWork<T> {
   void run_item(int64_t item, const Own& own) const {
     const int64_t group = item % groups;
     const ConvBlock block = blocks(item / groups, n, y.out);
-    read(block, group, own.image);
+    planes.read(static_cast<const T*>(p.in) + block.sample * in_layout.channels * in_layout.pixels, in_layout,
+                group * terms, terms, block.row, block.row_end, own.image, plane);
     for (int64_t row = block.row; row < block.row_end; row++)
       for (int64_t column = 0; column < x.out; column += kColumns) {
         // The last pixels of a row are taken together with some before them, if there are.
         const int64_t first = std::max<int64_t>(0, std::min<int64_t>(column, x.out - kColumns));
         const int64_t columns = std::min<int64_t>(kColumns, x.out - first);
-        const A* const at = own.image + (y.begin(row) - y.begin(block.row)) * image_row + first;
+        const A* const at = own.image + (row - block.row) * planes.row_step() + first;
         for (int64_t tile = 0; tile < row_tiles; tile++) {
           const int64_t rows = std::min<int64_t>(kTileRows, results - tile * kTileRows);
           run_tile(group * row_tiles + tile, rows, at, own.tile);
@@ -164,6 +131,7 @@ struct Direct : ConvWork<T> {
     parallel(p.threads, [&](Team team) {
       ConvScratch scratch = memory.own_at(p.workspace, team.rank);
       const Own own(*this, scratch);
+      std::fill_n(own.image, terms * plane, A(0));
       team.for_each(blocks.count * groups, [&](int64_t item) { run_item(item, own); });
     });
   }

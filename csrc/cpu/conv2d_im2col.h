@@ -27,10 +27,11 @@ struct ConvReach {
   int64_t first(int phase, int64_t from) const {
     return backward ? from + ((phase - from - pad) % stride + stride) % stride : from;
   }
-  bool has_tap(int phase, int tap) const { return !backward || (int64_t(tap) * dilation - phase) % stride == 0; }
+  bool has_tap(int phase, int tap) const { return phases() == 1 || (int64_t(tap) * dilation - phase) % stride == 0; }
   int64_t position(int64_t result, int tap) const {
     const int64_t reach = int64_t(tap) * dilation;
-    return backward ? (result + pad - reach) / stride : result * stride - pad + reach;
+    if (!backward) return result * stride - pad + reach;
+    return stride == 1 ? result + pad - reach : (result + pad - reach) / stride;
   }
   // What the results in [from, to) see: from begin() to before end(), perhaps outside of the image.
   int64_t begin(int64_t from) const {

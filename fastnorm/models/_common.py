@@ -49,7 +49,8 @@ def conv_relu(
     """Convolution, norm if there is one, relu; as the layers of a Sequential."""
     convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding)
     if norm_layer is None:
-        return [convolution, nn.ReLU(inplace=True)]
+        convolution.activation = "relu"
+        return [convolution, nn.Identity()]
     norm = relu_norm(norm_layer, outputs)
     return [convolution, norm, relu_after(norm)]
 
