@@ -3,6 +3,7 @@
 `what` says how many of torch.nn's bytes a training step keeps for its backward pass.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
@@ -10,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fastnorm
 from fastnorm import models, save_memory, saved_bytes
 
 from .common import Case
@@ -23,11 +23,15 @@ TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2
 
 
 def lenet_twin(classes: int) -> nn.Module:
-    layers = models.lenet(
-        num_classes=classes, activation="relu", norm_layer=nn.BatchNorm2d, norm_layer_1d=nn.BatchNorm1d
-    )
-    fastnorm.revert(layers)
-    return layers
+    layers = {
+        "conv1": nn.Conv2d(1, 6, 5, padding=2), "norm1": nn.BatchNorm2d(6), "act1": nn.ReLU(), "pool1": nn.AvgPool2d(2),
+        "conv2": nn.Conv2d(6, 16, 5), "norm2": nn.BatchNorm2d(16), "act2": nn.ReLU(), "pool2": nn.AvgPool2d(2),
+        "flatten": nn.Flatten(),
+        "fc1": nn.Linear(400, 120), "norm3": nn.BatchNorm1d(120), "act3": nn.ReLU(),
+        "fc2": nn.Linear(120, 84), "norm4": nn.BatchNorm1d(84), "act4": nn.ReLU(),
+        "fc3": nn.Linear(84, classes),
+    }  # fmt: skip
+    return nn.Sequential(OrderedDict(layers))
 
 
 def build(name: str, device: str, dtype: str, layout: str) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:

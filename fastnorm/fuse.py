@@ -1,8 +1,9 @@
 """Norms, convolutions and what follows them become one call, in the forward of a model that exists.
 
 Each module is traced by itself (_trace.py). Where a norm is followed by an activation, or by an addition, or a
-convolution by an activation, and nothing else sees what is between, the module's class becomes a subclass of it whose forward makes one call instead. Everything
-else of the module stays, and the original forward is there for whatever the trace did not foresee.
+convolution by an activation, and nothing else sees what is between, the module's class becomes a subclass of it whose
+forward makes one call instead. Everything else of the module stays, and the original forward is there for whatever the
+trace did not foresee.
 """
 
 import copyreg
