@@ -1,6 +1,6 @@
 // Max-pooling forward on the CPU; ../max_pool2d.h has the rules.
 //
-// Planes, 2 x 2 windows, and 3 x 3 but of 16-bit types: every block of outputs takes its taps in registers.
+// Planes, 2 x 2 windows but of float64, and 3 x 3 of float32: every block of outputs takes its taps in registers.
 // Planes, others: a row of the input is reduced to the maxima of the windows' columns, once, and these to a row of the
 //   output.  In that order the first of equal values and the last NaN win by themselves, without comparing positions.
 //   The reduced rows that later windows need stay in a ring in the L1 cache.
@@ -305,8 +305,10 @@ void pool_planes(const MaxPool2dForward& a) {
     const Ring<T> ring(s, {static_cast<char*>(a.workspace) + team.rank * bytes});
     for_rows(team, s.n, s.y.out, [&](int64_t plane, int begin, int end) {
       with_wanted(a, [&](auto offset, auto index) {
-        if (small && stride == 2 && kernel == 2) return pool_small<2, 2, offset, index, T>(a, plane, begin, end);
-        if constexpr (!Ring<T>::kWidens) {  // 16-bit rows would be widened for each window that they are in
+        // Registers are for the types that networks have; float64's many would take long to compile.
+        if constexpr (!std::is_same_v<T, double>)
+          if (small && stride == 2 && kernel == 2) return pool_small<2, 2, offset, index, T>(a, plane, begin, end);
+        if constexpr (std::is_same_v<T, float>) {  // 16-bit rows would be widened for each window that they are in
           if (small && stride == 2 && kernel == 3) return pool_small<2, 3, offset, index, T>(a, plane, begin, end);
           if (small && stride == 1 && kernel == 3) return pool_small<1, 3, offset, index, T>(a, plane, begin, end);
         }
