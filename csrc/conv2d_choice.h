@@ -76,8 +76,12 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate)
   if (forward && planes && m.terms < 16) return ConvAlgorithm::kIm2col;
   // oneDNN converts planes to layouts of its own and back, and turns channels_last weights' gradients round.
   if (planes && m.terms >= 64 && m.made >= 64 && s.taps() <= 9) {
-    const bool many = s.ci * s.co >= 512 * 512 || (strides && s.taps() == 1);
-    return to_weight && s.taps() < 9 && many ? ConvAlgorithm::kTorch : ConvAlgorithm::kIm2col;
+    const int64_t weights = s.ci * s.co;
+    const bool dense = s.taps() == 9 && !strides;
+    if (to_weight ? weights >= 256 * 256 || (strides && s.taps() == 1)
+                  : dense && weights < 512 * 512 && !(forward && s.x.out >= 20))
+      return ConvAlgorithm::kTorch;
+    return ConvAlgorithm::kIm2col;
   }
   if (to_weight && !planes && s.ci >= 16) return ConvAlgorithm::kIm2col;
   if (forward && large && s.taps() == 1) return ConvAlgorithm::kIm2col;
