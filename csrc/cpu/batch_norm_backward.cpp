@@ -59,16 +59,19 @@ Channel<A> finish_backward(const BatchNormBackward& a, int64_t c, const Sums& su
 }
 
 // Adds segment j of `channels` channels from c on to their sums.
-template <class T, Slope slope, bool kFrozen>
-void add_segment(const BatchNormBackward& a, const Segments& segments, const Channel<Accumulate<T>>* coefficients,
-                 int64_t c, int64_t channels, int64_t j, Sums* sums) {
+template <class T, Slope slope>
+[[gnu::noinline]] void add_segment(const BatchNormBackward& a, const Segments& segments,
+                                   const Channel<Accumulate<T>>* coefficients, int64_t c, int64_t channels, int64_t j,
+                                   Sums* sums) {
   using A = Accumulate<T>;
   using P = Pack<A>;
   segments.visit(j, [&](int64_t first, int64_t planes, int64_t offset, int64_t len) {
     const int64_t stride = a.c * a.hw;
+    const bool frozen = !a.training;
     const P lanes = new_lanes<T>(len);
     P sum[kMaxGroup], product[kMaxGroup];
     for (int64_t k = 0; k < channels; k++) sum[k] = product[k] = P(A(0));
+    alignas(64) A kept[slope == Slope::kKept ? kSegment : 1];
     for (int64_t n = first; n < first + planes; n++) {
       const int64_t ahead = offset + len < a.hw ? len
                             : n + 1 < a.n       ? stride - offset
@@ -77,11 +80,12 @@ void add_segment(const BatchNormBackward& a, const Segments& segments, const Cha
         const int64_t plane = n * a.c + c + k, at = plane * a.hw + offset;
         const uint8_t* const mask = a.mask + (a.mask ? plane * ((a.hw + 7) / 8) + offset / 8 : 0);
         const Uniform<A> uniform(coefficients[k]);
+        if constexpr (slope == Slope::kKept) keep_slopes<T>(a, uniform, at, len, kept);
         P s = sum[k], p = product[k];
         for_packs<T>(len, [&](int64_t i, auto count, auto again) {
           prefetch(static_cast<const T*>(a.x) + at + i + ahead), prefetch(static_cast<const T*>(a.dy) + at + i + ahead);
-          const Gradient<T, slope, Uniform<A>> g(a, uniform, at + i, i, mask, count, again);
-          if constexpr (kFrozen) write_frozen<T, slope>(a, uniform, g, at + i, i, count);
+          const Gradient<T, slope, Uniform<A>> g(a, uniform, at + i, i, mask, kept, count, again);
+          if (frozen) write_frozen<T, slope>(a, uniform, g, at + i, i, count);
           const P dz = keep(lanes, g.dz, count, again);
           s = s + dz, p = fmadd(dz, g.centered, p);
         });
@@ -98,19 +102,26 @@ bool streams_backward(const BatchNormBackward& a, int64_t run) {
   return streams(a.dx, run * size, touched) && streams(a.dresidual, run * size, touched);
 }
 
-template <class T, Slope slope>
+// dx and dresidual of planes that follow each other, and their channels.
+template <class T>
+[[gnu::noinline]] void write_planes(const BatchNormBackward& a, const Channel<Accumulate<T>>* channels, int64_t first,
+                                    int64_t planes, int64_t write_ahead, bool streaming) {
+  backward_spans<T>(a, write_ahead, streaming, TrainingGradient(), [&](auto write) {
+    for (int64_t i = 0; i < planes; i++)
+      write(Uniform<Accumulate<T>>(channels[i]), (first + i) * a.hw, a.hw,
+            a.mask ? a.mask + (first + i) * ((a.hw + 7) / 8) : nullptr, nullptr, 0);
+  });
+}
+
+template <class T>
 void backward_planes(const BatchNormBackward& a) {
   using A = Accumulate<T>;
   const Segments segments(a.n, a.hw);
   auto add = [&](const Channel<A>* coefficients, int64_t c, int64_t channels, int64_t j, Sums* sums) {
-    a.training ? add_segment<T, slope, false>(a, segments, coefficients, c, channels, j, sums)
-               : add_segment<T, slope, true>(a, segments, coefficients, c, channels, j, sums);
+    with_slope(slope_of(a.activation, a.mask, a.residual),
+               [&](auto slope) { add_segment<T, slope>(a, segments, coefficients, c, channels, j, sums); });
   };
   const bool second_pass = a.training && (a.dx || a.dresidual), streaming = streams_backward(a, a.hw);
-  auto plane_gradient = [&](const Uniform<A>& coefficients, int64_t plane, int64_t write_ahead) {
-    const uint8_t* const mask = a.mask ? a.mask + plane * ((a.hw + 7) / 8) : nullptr;
-    backward_span<T, slope>(a, coefficients, plane * a.hw, a.hw, mask, 0, write_ahead, streaming, TrainingGradient());
-  };
   if (a.threads == 1 || a.c >= 4 * a.threads) {
     const int64_t group = channel_group(a.n, a.c, a.hw, 2 * sizeof(T), a.threads);
     parallel(a.threads, [&](Team team) {
@@ -122,8 +133,7 @@ void backward_planes(const BatchNormBackward& a) {
         for (int64_t j = 0; !a.means && j < segments.count(); j++) add(coefficients, first, channels, j, sums);
         for (int64_t k = 0; k < channels; k++) coefficients[k] = finish_backward<A>(a, first + k, sums[k]);
         for (int64_t n = a.n - 1; second_pass && n >= 0; n--)
-          for (int64_t k = 0; k < channels; k++)
-            plane_gradient(Uniform<A>(coefficients[k]), n * a.c + first + k, n ? -a.c * a.hw : 0);
+          write_planes<T>(a, coefficients, n * a.c + first, channels, n ? -a.c * a.hw : 0, streaming);
       });
     });
     return;
@@ -145,18 +155,18 @@ void backward_planes(const BatchNormBackward& a) {
     if (second_pass)
       team.for_each(a.n * a.c, [&](int64_t i) {
         const int64_t plane = a.n * a.c - 1 - i;
-        plane_gradient(Uniform<A>(channels[plane % a.c]), plane, 0);
+        write_planes<T>(a, channels + plane % a.c, plane, 1, 0, streaming);
       });
   });
 }
 
-template <class T, Slope slope>
+template <class T>
 void backward_rows(const BatchNormBackward& a) {
   using A = Accumulate<T>;
   const Rows<T> rows(a.n * a.hw, a.c);
   const RowsWorkspace<T> work(rows, a.workspace);
   const PerColumn<A> coefficients{work.coefficients, rows.padded()};
-  const bool streaming = streams_backward(a, rows.columns);
+  const bool streaming = streams_backward(a, rows.columns), frozen = !a.training;
   parallel(a.threads, [&](Team team) {
     team.for_each(rows.channel_blocks(), [&](int64_t block) {
       rows.visit_channels(block, [&](int64_t first, int64_t last) {
@@ -164,13 +174,13 @@ void backward_rows(const BatchNormBackward& a) {
       });
     });
     team.for_each(a.means ? 0 : rows.chunks, [&](int64_t i) {
-      auto sums = [&](auto then) {
+      with_slope(slope_of(a.activation, a.mask, a.residual), [&](auto slope) {
         chunk_sums<T, slope>(a, rows, coefficients, i * rows.chunk, rows.chunk_end(i), work.chunk_sums(rows, i, 0),
                              work.chunk_sums(rows, i, 1), work.thread_scratch(team.rank, 0),
-                             work.thread_scratch(team.rank, 1), then);
-      };
-      a.training ? sums([](const auto&...) {}) : sums([&](const auto& g, int64_t at, int64_t i, auto count) {
-        write_frozen<T, slope>(a, coefficients, g, at, i, count);
+                             work.thread_scratch(team.rank, 1),
+                             [&a, coefficients, frozen, slope](const auto& g, int64_t at, int64_t i, auto count) {
+                               if (frozen) write_frozen<T, slope>(a, coefficients, g, at, i, count);
+                             });
       });
     });
     team.for_each(rows.channel_blocks(), [&](int64_t block) {
@@ -186,17 +196,9 @@ void backward_rows(const BatchNormBackward& a) {
     if (!a.training || !(a.dx || a.dresidual)) return;
     team.for_each(rows.chunks, [&](int64_t j) {
       const int64_t i = rows.chunks - 1 - j;
-      for (int64_t at = i * rows.chunk; at < rows.chunk_end(i); at += rows.columns)
-        backward_span<T, slope>(a, coefficients, at, std::min(rows.columns, rows.total - at),
-                                a.mask ? a.mask + at / 8 : nullptr, kRowsAhead, kRowsAhead, streaming,
-                                TrainingGradient());
+      backward_chunk(a, rows, coefficients, i, kRowsAhead, streaming, TrainingGradient());
     });
   });
-}
-
-template <class T, Slope slope>
-void backward(const BatchNormBackward& a) {
-  a.channels_last ? backward_rows<T, slope>(a) : backward_planes<T, slope>(a);
 }
 
 }  // namespace
@@ -218,8 +220,7 @@ void batch_norm_backward(const BatchNormBackward& a) {
   prefer_huge_pages(a.dresidual, a.n * a.c * a.hw * size_of(a.dtype));
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    with_slope(a.activation, a.mask != nullptr, a.residual != nullptr,
-               [&](auto slope) { backward<T, slope.value>(a); });
+    a.channels_last ? backward_rows<T>(a) : backward_planes<T>(a);
   });
 }
 

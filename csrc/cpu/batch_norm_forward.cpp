@@ -42,11 +42,15 @@ Channel<A> finish_forward(const BatchNormForward& a, int64_t c, const Moments* b
 
 constexpr int64_t kWriteAhead = 512;  // elements, where planes follow each other in memory
 
-template <class T, Kind kind, bool kResidual>
-void forward_plane(const BatchNormForward& a, const Uniform<Accumulate<T>>& coefficients, int64_t plane,
-                   int64_t write_ahead, bool streaming) {
-  uint8_t* const mask = a.mask ? a.mask + plane * ((a.hw + 7) / 8) : nullptr;
-  normalize<T, kind, kResidual>(a, coefficients, plane * a.hw, a.hw, mask, {0, 0, write_ahead}, streaming);
+// Planes that follow each other, and their channels.
+template <class T>
+[[gnu::noinline]] void write_planes(const BatchNormForward& a, const Channel<Accumulate<T>>* channels, int64_t first,
+                                    int64_t planes, int64_t write_ahead, bool streaming) {
+  normalize<T>(a, {0, 0, write_ahead}, streaming, [&](auto write) {
+    for (int64_t i = 0; i < planes; i++)
+      write(Uniform<Accumulate<T>>(channels[i]), (first + i) * a.hw, a.hw,
+            a.mask ? a.mask + (first + i) * ((a.hw + 7) / 8) : nullptr);
+  });
 }
 
 // Merges segment j of `channels` channels from c on into their moments.
@@ -74,7 +78,7 @@ bool streams_forward(const BatchNormForward& a, int64_t run) {
   return streams(a.y, run * size, touched);
 }
 
-template <class T, Kind kind, bool kResidual>
+template <class T>
 void forward_planes(const BatchNormForward& a) {
   using A = Accumulate<T>;
   const int64_t stride = a.c * a.hw;
@@ -85,9 +89,10 @@ void forward_planes(const BatchNormForward& a) {
     const int64_t planes = a.n * a.c, step = std::max<int64_t>(1, 65536 / a.hw);
     parallel(a.threads, [&](Team team) {
       team.for_each((planes + step - 1) / step, [&](int64_t block) {
-        for (int64_t p = block * step, c = p % a.c; p < std::min(planes, (block + 1) * step); p++) {
-          forward_plane<T, kind, kResidual>(a, Uniform<A>(channels[c]), p, kWriteAhead, streaming);
-          c = c + 1 == a.c ? 0 : c + 1;
+        const int64_t end = std::min(planes, (block + 1) * step);
+        for (int64_t p = block * step, run; p < end; p += run) {
+          run = std::min(end - p, a.c - p % a.c);
+          write_planes<T>(a, channels + p % a.c, p, run, kWriteAhead, streaming);
         }
       });
     });
@@ -109,9 +114,7 @@ void forward_planes(const BatchNormForward& a) {
         for (int64_t k = 0; k < channels; k++) coefficients[k] = finish(first + k, moments[k]);
         // Backwards: the planes read last are the hottest.
         for (int64_t n = a.n - 1; a.y && n >= 0; n--)
-          for (int64_t k = 0; k < channels; k++)
-            forward_plane<T, kind, kResidual>(a, Uniform<A>(coefficients[k]), n * a.c + first + k, n ? -stride : 0,
-                                              streaming);
+          write_planes<T>(a, coefficients, n * a.c + first, channels, n ? -stride : 0, streaming);
       });
     });
     return;
@@ -132,12 +135,12 @@ void forward_planes(const BatchNormForward& a) {
     if (!a.y) return;
     team.for_each(a.n * a.c, [&](int64_t i) {
       const int64_t plane = a.n * a.c - 1 - i;
-      forward_plane<T, kind, kResidual>(a, Uniform<A>(channels[plane % a.c]), plane, 0, streaming);
+      write_planes<T>(a, channels + plane % a.c, plane, 1, 0, streaming);
     });
   });
 }
 
-template <class T, Kind kind, bool kResidual>
+template <class T>
 void forward_rows(const BatchNormForward& a) {
   using A = Accumulate<T>;
   const Rows<T> rows(a.n * a.hw, a.c);
@@ -167,17 +170,9 @@ void forward_rows(const BatchNormForward& a) {
     if (!a.y) return;
     team.for_each(rows.chunks, [&](int64_t j) {
       const int64_t i = rows.chunks - 1 - j;
-      for (int64_t at = i * rows.chunk; at < rows.chunk_end(i); at += rows.columns)
-        normalize<T, kind, kResidual>(a, coefficients, at, std::min(rows.columns, rows.total - at),
-                                      a.mask ? a.mask + at / 8 : nullptr, {kRowsAhead, kRowsAhead, kRowsAhead},
-                                      streaming);
+      normalize_chunk(a, rows, coefficients, i, kRowsAhead, streaming);
     });
   });
-}
-
-template <class T, Kind kind, bool kResidual>
-void forward(const BatchNormForward& a) {
-  a.channels_last ? forward_rows<T, kind, kResidual>(a) : forward_planes<T, kind, kResidual>(a);
 }
 
 }  // namespace
@@ -201,7 +196,7 @@ void batch_norm_forward(const BatchNormForward& a) {
   if (a.training && a.num_batches_tracked) ++*a.num_batches_tracked;
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    with_kind_and_residual(a, [&](auto kind, auto residual) { forward<T, kind.value, residual.value>(a); });
+    a.channels_last ? forward_rows<T>(a) : forward_planes<T>(a);
   });
 }
 

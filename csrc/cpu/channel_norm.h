@@ -33,6 +33,7 @@ struct Uniform {
 
   explicit Uniform(const Channel<A>& c) { std::copy(c.v, c.v + kCoefficients, v); }
   Pack<A> get(Coefficient k, int64_t) const { return Pack<A>(v[k]); }
+  Uniform from(int64_t) const { return *this; }
 };
 
 // ... or others for every column, as in a row: [kCoefficients][columns], padded to whole packs.
@@ -42,6 +43,7 @@ struct PerColumn {
   int64_t columns;
 
   Pack<A> get(Coefficient k, int64_t i) const { return load(v + k * columns + i, Full<A>()); }
+  PerColumn from(int64_t column) const { return {v + column, columns}; }
   void set(const Channel<A>& c, int64_t i) const {
     for (int k = 0; k < kCoefficients; k++) v[k * columns + i] = c.v[k];
   }
@@ -54,69 +56,89 @@ struct Ahead {
   int64_t x, residual, output;
 };
 
-// y = activation((x - mean) * scale + shift + residual) over len elements from `at` on; mask: their bits.
-template <class T, Kind kind, bool kResidual, class Args, class Coefficients>
-[[gnu::always_inline]] inline void normalize(const Args& a, const Coefficients c, int64_t at, int64_t len,
-                                             uint8_t* mask, const Ahead ahead, bool streaming) {
-  const T* const x = static_cast<const T*>(a.x) + at;
-  const T* const residual = static_cast<const T*>(a.residual) + at;
-  T* const y = static_cast<T*>(a.y) + at;
-  using A = Accumulate<T>;
+// out(i, z, count, again) for every pack of z = (x - mean) * scale + shift + residual, of len elements from `at` on.
+template <class T, class Args, class Coefficients, class Out>
+[[gnu::always_inline]] inline void for_z(const Args& a, const Coefficients c, int64_t at, int64_t len,
+                                         const Ahead ahead, auto with_residual, Out out) {
+  const T *const x = static_cast<const T*>(a.x) + at, *const residual = static_cast<const T*>(a.residual) + at;
   for_packs<T>(len, [&](int64_t i, auto count, auto again) {
     if (ahead.x) prefetch(x + i + ahead.x);
-    if (kResidual && ahead.residual) prefetch(residual + i + ahead.residual);
-    if (ahead.output && !streaming) prefetch<T, true>(y + i + ahead.output);
+    if (with_residual && ahead.residual) prefetch(residual + i + ahead.residual);
     auto z = fmadd(load(x + i, count) - c.get(kMean, i), c.get(kScale, i), c.get(kShift, i));
-    if constexpr (kResidual) z = z + load(residual + i, count);
-    if constexpr (kResidual && kind != Kind::kNone && kind != Kind::kSilu)
-      if (mask) store_bits(mask, i, slope_bits<kind>(a.activation, z), count, again);
-    store_output(y + i, apply<kind>(a.activation, A(a.negative_slope), z), count, again, streaming);
+    if (with_residual) z = z + load(residual + i, count);
+    out(i, z, count, again);
   });
 }
 
-// f(kind, residual) with the Kind and whether there is a residual as constants.
-template <class Args, class F>
-inline void with_kind_and_residual(const Args& a, F f) {
-  with_kind(a.activation, [&](auto kind) { a.residual ? f(kind, std::true_type()) : f(kind, std::false_type()); });
+// y = activation(z) of spans: each(write) calls write(coefficients, at, len, mask) for one after the other, of len
+// elements from `at` on, whose bits are at mask.
+template <class T, class Args, class F>
+[[gnu::always_inline]] inline void normalize(const Args& a, const Ahead ahead, bool streaming, F each) {
+  using A = Accumulate<T>;
+  if (takes_strips(a.activation))
+    return each([&](const auto& c, int64_t at, int64_t len, uint8_t* mask) {
+      alignas(64) A strip[kStrip];
+      for (int64_t first = 0; first < len; first += kStrip) {
+        const int64_t part = std::min(kStrip, len - first);
+        for_z<T>(a, c.from(first), at + first, part, ahead, a.residual != nullptr,
+                 [&](int64_t i, auto z, auto, auto again) { store(strip + place<T>(i, again), z, Full<A>()); });
+        store_activated(a.activation, a.negative_slope, strip, static_cast<T*>(a.y) + at + first, part,
+                        mask ? mask + first / 8 : nullptr, streaming);
+      }
+    });
+  const A bound = lower_bound<A>(a.activation);
+  auto with = [&](auto residual) {
+    each([&](const auto& c, int64_t at, int64_t len, uint8_t* mask) {
+      T* const y = static_cast<T*>(a.y) + at;
+      for_z<T>(a, c, at, len, ahead, residual, [&](int64_t i, auto z, auto count, auto again) {
+        if (residual && mask) store_bits(mask, i, relu_bits(z), count, again);
+        if (ahead.output && !streaming) prefetch<T, true>(y + i + ahead.output);
+        store_output(y + i, raise_to(bound, z), count, again, streaming);
+      });
+    });
+  };
+  a.residual ? with(std::true_type()) : with(std::false_type());
 }
 
 // ---- Backward -------------------------------------------------------------------------------------------------------
 
-// dz and x - mean of a pack at element `at`, which is the i-th of its span; mask: the span's bits.
+// dz and x - mean of a pack at element `at`, which is the i-th of its span; mask: the span's bits, kept: its slopes.
 template <class T, Slope slope, class Coefficients>
 struct Gradient {
   using P = Pack<Accumulate<T>>;
   P dz, centered;
 
   template <class Args>
-  Gradient(const Args& a, const Coefficients& c, int64_t at, int64_t i, const uint8_t* mask, auto count, auto again) {
+  Gradient(const Args& a, const Coefficients& c, int64_t at, int64_t i, const uint8_t* mask, const Accumulate<T>* kept,
+           auto count, auto again) {
     centered = load(static_cast<const T*>(a.x) + at, count) - c.get(kMean, i);
     P z = centered;
-    if constexpr (needs_z(slope)) z = fmadd(centered, c.get(kScale, i), c.get(kShift, i));
-    dz =
-        slope_times<slope>(a.activation, Accumulate<T>(a.negative_slope), load(static_cast<const T*>(a.dy) + at, count),
-                           z, static_cast<const T*>(a.residual) + at, mask, i, count, again);
+    if constexpr (slope == Slope::kRelu) z = fmadd(centered, c.get(kScale, i), c.get(kShift, i));
+    dz = slope_times<slope>(a.activation, a.negative_slope, load(static_cast<const T*>(a.dy) + at, count), z, mask,
+                            kept, i, count, again);
   }
-  // dz: as another pass kept it.
-  template <class Args>
-  Gradient(const Args& a, const Coefficients& c, int64_t at, int64_t i, const Accumulate<T>* dz, auto count)
-      : dz(load(dz, count)), centered(load(static_cast<const T*>(a.x) + at, count) - c.get(kMean, i)) {}
 };
 
-// dx and dresidual of len elements from `at` on; dx_of(gradient, i) is the dx of a pack.  kept: dz of the span, where
-// its slope is costly and another pass kept it, or null.
+// The slopes of len elements from `at` on.
+template <class T, class Args, class Coefficients>
+[[gnu::noinline]] void keep_slopes(const Args& a, const Coefficients c, int64_t at, int64_t len, Accumulate<T>* kept) {
+  for_z<T>(a, c, at, len, {}, a.residual != nullptr,
+           [&](int64_t i, auto z, auto, auto again) { store(kept + place<T>(i, again), z, Full<Accumulate<T>>()); });
+  to_slopes(a.activation, a.negative_slope, kept, len);
+}
+
+// dx and dresidual of len elements from `at` on; dx_of(gradient, i) is the dx of a pack.
 template <class T, Slope slope, class Args, class Coefficients, class F>
 [[gnu::always_inline]] inline void backward_span(const Args& a, const Coefficients c, int64_t at, int64_t len,
-                                                 const uint8_t* mask, int64_t read_ahead, int64_t write_ahead,
-                                                 bool streaming, F dx_of, const Accumulate<T>* kept = nullptr) {
+                                                 const uint8_t* mask, const Accumulate<T>* kept, int64_t read_ahead,
+                                                 int64_t write_ahead, bool streaming, F dx_of) {
   T *const dx = static_cast<T*>(a.dx), *const dresidual = static_cast<T*>(a.dresidual);
   for_packs<T>(len, [&](int64_t i, auto count, auto again) {
     if (read_ahead) {
       prefetch(static_cast<const T*>(a.x) + at + i + read_ahead);
       prefetch(static_cast<const T*>(a.dy) + at + i + read_ahead);
     }
-    using G = Gradient<T, slope, Coefficients>;
-    const G g = is_costly(slope) && kept ? G(a, c, at + i, i, kept + i, count) : G(a, c, at + i, i, mask, count, again);
+    const Gradient<T, slope, Coefficients> g(a, c, at + i, i, mask, kept, count, again);
     if (dresidual) {
       if (!streaming) prefetch<T, true>(dresidual + at + i + write_ahead);
       store_output(dresidual + at + i, g.dz, count, again, streaming);
@@ -125,6 +147,27 @@ template <class T, Slope slope, class Args, class Coefficients, class F>
       if (!streaming) prefetch<T, true>(dx + at + i + write_ahead);
       store_output(dx + at + i, dx_of(g, c, i), count, again, streaming);
     }
+  });
+}
+
+// The same for spans: each(write) calls write(coefficients, at, len, mask, kept, read_ahead) for one after the other.
+// kept: its slopes, or null where no other pass kept them.
+template <class T, class Args, class F, class Each>
+[[gnu::always_inline]] inline void backward_spans(const Args& a, int64_t write_ahead, bool streaming, F dx_of,
+                                                  Each each) {
+  with_slope(slope_of(a.activation, a.mask, a.residual), [&](auto slope) {
+    each([&](const auto& c, int64_t at, int64_t len, const uint8_t* mask, const Accumulate<T>* kept,
+             int64_t read_ahead) {
+      const bool in_strips = slope == Slope::kKept && !kept;
+      const int64_t step = in_strips ? kStrip : len;
+      alignas(64) Accumulate<T> strip[slope == Slope::kKept ? kStrip : 1];
+      for (int64_t first = 0; first < len; first += step) {
+        const int64_t part = std::min(step, len - first);
+        if (in_strips) keep_slopes<T>(a, c.from(first), at + first, part, strip);
+        backward_span<T, slope>(a, c.from(first), at + first, part, mask ? mask + first / 8 : nullptr,
+                                in_strips ? strip : kept, read_ahead, write_ahead, streaming, dx_of);
+      }
+    });
   });
 }
 

@@ -1,87 +1,88 @@
-// The activations of a fused norm on packs, and how dz comes from dy behind them.
+// The activations of a fused norm, and how dz comes from dy behind them.
+//
+// None and relu are part of the norms' loops.  The others have formulas that are longer than all the rest, so those are
+// compiled once, in elementwise.cpp, and work on strips: packs of z that a norm has left in the L1 cache: the loads and
+// stores are nothing beside the formulas, and the activation is told apart once for a strip.
 #pragma once
+#include <limits>
+
 #include "vector.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
 
+constexpr int64_t kStrip = 1024;  // elements; a whole number of packs
+
+// Where a strip has the i-th pack of a span.  The last one, which for_packs() lets overlap the one before, follows it
+// there, as a load waits for the caches if it takes from two stores what has just been stored.
+template <class T>
+inline int64_t place(int64_t i, auto again) {
+  if constexpr (std::is_same_v<decltype(again), Zero>) return i;
+  return (i + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
 // ---- Forward --------------------------------------------------------------------------------------------------------
 
-// The cheap and common ones apart from the others, which are told apart at run time: most of those call functions,
-// which costs more than the branch.
-enum class Kind { kNone, kRelu, kSilu, kGelu, kGeneral };
+constexpr bool takes_strips(Activation a) { return a != Activation::kNone && a != Activation::kRelu; }
 
-// f(integral_constant<Kind>)
-template <class F>
-inline void with_kind(Activation activation, F f) {
-  switch (activation) {
-    case Activation::kNone: return f(std::integral_constant<Kind, Kind::kNone>());
-    case Activation::kRelu: return f(std::integral_constant<Kind, Kind::kRelu>());
-    case Activation::kSilu: return f(std::integral_constant<Kind, Kind::kSilu>());
-    case Activation::kGelu: return f(std::integral_constant<Kind, Kind::kGelu>());
-    default: return f(std::integral_constant<Kind, Kind::kGeneral>());
-  }
+// What z is raised to: relu's 0, or no bound at all.
+template <class A>
+inline A lower_bound(Activation a) {
+  return a == Activation::kRelu ? A(0) : -std::numeric_limits<A>::infinity();
 }
-
-template <Kind kind, class A>
-inline Pack<A> apply(Activation activation, A negative_slope, Pack<A> z) {
+template <class A>
+inline Pack<A> raise_to(A bound, Pack<A> z) {
   using V = at::vec::Vectorized<A>;
-  if constexpr (kind == Kind::kNone) return z;
-  if constexpr (kind == Kind::kRelu) return {Math<V>::relu(z.a), Math<V>::relu(z.b)};
-  const V slope(negative_slope);
-  if constexpr (kind == Kind::kSilu) activation = Activation::kSilu;
-  if constexpr (kind == Kind::kGelu) activation = Activation::kGelu;
-  return {activate(activation, z.a, slope), activate(activation, z.b, slope)};
+  return {at::vec::clamp_min(z.a, V(bound)), at::vec::clamp_min(z.b, V(bound))};
 }
 
-// A bit per lane: whether the slope of the activation at z is 1.
-template <Kind kind, class A>
-inline uint32_t slope_bits(Activation activation, Pack<A> z) {
-  const Pack<A> zero(A(0));
-  if constexpr (kind == Kind::kRelu) return less_equal(z, zero).unset_bits();
-  if (activation == Activation::kRelu6) return (less_equal(z, zero) | less_equal(Pack<A>(A(6)), z)).unset_bits();
-  return ~less(zero, z).unset_bits();
+// A bit per lane: whether relu's slope at z is 1.
+template <class A>
+inline uint32_t relu_bits(Pack<A> z) {
+  return less_equal(z, Pack<A>(A(0))).unset_bits();
 }
+
+// y = activation(z).  mask: the bits of a two-slope activation, or null.
+template <class T>
+void store_activated(Activation activation, double negative_slope, const Accumulate<T>* z, T* y, int64_t len,
+                     uint8_t* mask, bool streaming);
 
 // ---- Backward -------------------------------------------------------------------------------------------------------
 
-// How dz comes from dy: as it is, by relu's, silu's, gelu's or any activation's slope at z(x), at z(x) + residual, or
-// by the mask.
-enum class Slope { kOne, kRelu, kSilu, kGelu, kGeneral, kGeneralResidual, kMask };
+// How dz comes from dy: as it is, by relu's slope at z(x), by the mask, or by slopes that were computed beforehand.
+enum class Slope { kOne, kRelu, kMask, kKept };
+
+inline Slope slope_of(Activation activation, bool mask, bool residual) {
+  if (activation == Activation::kNone) return Slope::kOne;
+  if (mask) return Slope::kMask;
+  return activation == Activation::kRelu && !residual ? Slope::kRelu : Slope::kKept;
+}
 
 // f(integral_constant<Slope>)
 template <class F>
-inline void with_slope(Activation activation, bool mask, bool residual, F f) {
-  if (activation == Activation::kNone) return f(std::integral_constant<Slope, Slope::kOne>());
-  if (mask) return f(std::integral_constant<Slope, Slope::kMask>());
-  if (residual) return f(std::integral_constant<Slope, Slope::kGeneralResidual>());
-  if (activation == Activation::kRelu) return f(std::integral_constant<Slope, Slope::kRelu>());
-  if (activation == Activation::kSilu) return f(std::integral_constant<Slope, Slope::kSilu>());
-  if (activation == Activation::kGelu) return f(std::integral_constant<Slope, Slope::kGelu>());
-  return f(std::integral_constant<Slope, Slope::kGeneral>());
+[[gnu::always_inline]] inline void with_slope(Slope slope, F f) {
+  switch (slope) {
+    case Slope::kOne: return f(std::integral_constant<Slope, Slope::kOne>());
+    case Slope::kRelu: return f(std::integral_constant<Slope, Slope::kRelu>());
+    case Slope::kMask: return f(std::integral_constant<Slope, Slope::kMask>());
+    case Slope::kKept: return f(std::integral_constant<Slope, Slope::kKept>());
+  }
 }
 
-// Whether the slope costs so much that it should be computed once only.
-constexpr bool is_costly(Slope slope) {
-  return slope == Slope::kSilu || slope == Slope::kGelu || slope == Slope::kGeneral || slope == Slope::kGeneralResidual;
-}
-constexpr bool needs_z(Slope slope) { return slope != Slope::kOne && slope != Slope::kMask; }
+// z = d activation(z) / dz, of a strip of any length.
+template <class A>
+void to_slopes(Activation activation, double negative_slope, A* z, int64_t len);
 
-// dz of a pack; residual: its first element, mask: the bits of its span, of which it is the i-th element.
-template <Slope slope, class T, class P, class A>
-inline P slope_times(Activation activation, A negative_slope, P dy, P z, const T* residual, const uint8_t* mask,
+// dz of the i-th pack of a span.  mask: the span's bits, kept: its slopes.
+template <Slope slope, class P, class A>
+inline P slope_times(Activation activation, double negative_slope, P dy, P z, const uint8_t* mask, const A* kept,
                      int64_t i, auto count, auto again) {
-  using V = at::vec::Vectorized<A>;
-  const V s(negative_slope);
   if constexpr (slope == Slope::kOne) return dy;
   if constexpr (slope == Slope::kRelu) return select(less_equal(z, P(A(0))), P(A(0)), dy);
+  if constexpr (slope == Slope::kKept) return dy * load(kept + place<A>(i, again), Full<A>());
   if constexpr (slope == Slope::kMask) {
-    const P other = activation == Activation::kLeakyRelu ? dy * P(negative_slope) : P(A(0));
+    const P other = activation == Activation::kLeakyRelu ? dy * P(A(negative_slope)) : P(A(0));
     return select_bits(load_bits(mask, i, count, again), dy, other);
   }
-  if constexpr (slope == Slope::kGeneralResidual) z = z + load(residual, count);
-  if constexpr (slope == Slope::kSilu) activation = Activation::kSilu;
-  if constexpr (slope == Slope::kGelu) activation = Activation::kGelu;
-  return {dy.a * activation_gradient(activation, z.a, s), dy.b * activation_gradient(activation, z.b, s)};
 }
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

@@ -91,12 +91,13 @@ bool streams_backward(const GroupNormBackward& a, int64_t run) {
 // ---- Planes ---------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kAhead = 512, kReadAhead = 2048;  // elements
-// Bytes of x, beside which the next group is fetched; and of dz, which is kept for the second pass where it is costly.
+// Bytes of x, beside which the next group is fetched; and of slopes, which are kept for the second pass.
 constexpr int64_t kCachedGroup = 256 << 10;
 
 struct GroupPlanes {
   int64_t channels, len, segments, pieces;  // channels and elements of a group; segments and pieces of a plane
-  bool each, keeps;                         // keeps: dz of a group, where it is costly
+  int64_t padded;                           // elements of a plane's slopes
+  bool each, keeps;                         // keeps: slopes of a group for the second pass
 
   template <class T>
   GroupPlanes(const GroupNormBackward& a, const SampleBlocks& blocks, T)
@@ -104,8 +105,10 @@ struct GroupPlanes {
         len(channels * a.hw),
         segments((a.hw + kSegment - 1) / kSegment),
         pieces((a.hw + kPiece - 1) / kPiece),
+        padded((a.hw + kLanes<T> - 1) / kLanes<T> * kLanes<T>),
         each(one_each(blocks.blocks * a.groups, a.threads)),
-        keeps(len * int64_t(sizeof(Accumulate<T>)) <= kCachedGroup) {}
+        keeps(slope_of(a.activation, a.mask, a.residual) == Slope::kKept && (a.dx || a.dresidual) &&
+              len * int64_t(sizeof(Accumulate<T>)) <= kCachedGroup) {}
 };
 
 template <class T>
@@ -117,22 +120,17 @@ struct PlanesWorkspace {
   GroupPlanes planes;
   Sums* sums;           // [threads][channels][segments], or where groups are shared [n * c][segments]
   A* offset_and_slope;  // where groups are shared [n * groups][2]
-  A* kept;              // [threads][len]
+  A* kept;              // [threads][channels][padded]
 
   explicit PlanesWorkspace(const GroupNormBackward& a)
       : arena(a.workspace), parameters(arena, a.c, 1), blocks(a, arena), planes(a, blocks, T()) {
     sums = arena.take<Sums>((planes.each ? a.threads * planes.channels : a.n * a.c) * planes.segments);
     offset_and_slope = arena.take<A>(planes.each ? 0 : a.n * a.groups * 2);
-    kept = arena.take<A>(planes.each && planes.keeps ? a.threads * planes.len : 0);
-  }
-  Channel<A> channel(const GroupNormBackward& a, int64_t plane, const A* offset_and_slope = nullptr) const {
-    const int64_t c = plane % a.c;
-    const GroupStats<A> stats(a, plane / planes.channels);
-    return stats.channel(parameters.weight[c], parameters.bias[c], offset_and_slope);
+    kept = arena.take<A>(planes.each && planes.keeps ? a.threads * planes.channels * planes.padded : 0);
   }
 };
 
-// kept: where dz of the plane goes, or null.
+// kept: where the slopes of the plane go, or null.
 template <class T, Slope slope>
 [[gnu::always_inline]] inline Sums segment_sums(const GroupNormBackward& a, const Uniform<Accumulate<T>> coefficients,
                                                 int64_t plane, int64_t j, Accumulate<T>* kept) {
@@ -140,26 +138,58 @@ template <class T, Slope slope>
   const int64_t offset = j * kSegment, len = std::min(kSegment, a.hw - offset), at = plane * a.hw + offset;
   const uint8_t* const mask = a.mask + (a.mask ? plane * ((a.hw + 7) / 8) + offset / 8 : 0);
   const auto lanes = new_lanes<T>(len);
+  alignas(64) A own[slope == Slope::kKept ? kSegment : 1];
+  A* const slopes = kept ? kept + offset : own;
+  if constexpr (slope == Slope::kKept) keep_slopes<T>(a, coefficients, at, len, slopes);
   Pack<A> sum(A(0)), product(A(0));
   for_packs<T>(len, [&](int64_t i, auto count, auto again) {
     prefetch(static_cast<const T*>(a.x) + at + i + kReadAhead);
     prefetch(static_cast<const T*>(a.dy) + at + i + kReadAhead);
-    const Gradient<T, slope, Uniform<A>> g(a, coefficients, at + i, i, mask, count, again);
-    if (is_costly(slope) && kept) store(kept + offset + i, g.dz, count);
+    const Gradient<T, slope, Uniform<A>> g(a, coefficients, at + i, i, mask, slopes, count, again);
     const auto dz = keep(lanes, g.dz, count, again);
     sum = sum + dz, product = fmadd(dz, g.centered, product);
   });
   return {double(sum.sum()), double(product.sum())};
 }
 
-template <class T, Slope slope>
-[[gnu::always_inline]] inline void write_piece(const GroupNormBackward& a, const Uniform<Accumulate<T>> coefficients,
-                                               int64_t plane, int64_t piece, int64_t ahead, bool streaming,
-                                               const Accumulate<T>* kept) {
-  const int64_t at = piece * kPiece;
-  const uint8_t* const mask = a.mask ? a.mask + plane * ((a.hw + 7) / 8) + at / 8 : nullptr;
-  backward_span<T, slope>(a, coefficients, plane * a.hw + at, std::min(kPiece, a.hw - at), mask, ahead, kAhead,
-                          streaming, GroupGradient(), kept ? kept + at : nullptr);
+// The sums of `channels` planes of a group from `plane` on, in the segments [first, last) of each.
+template <class T>
+[[gnu::noinline]] void add_planes(const GroupNormBackward& a, const PlanesWorkspace<T>& work, int64_t plane,
+                                  int64_t channels, int64_t first, int64_t last, Accumulate<T>* kept, Sums* sums) {
+  using A = Accumulate<T>;
+  const GroupStats<A> stats(a, plane / work.planes.channels);
+  const A *const w = work.parameters.weight + plane % a.c, *const b = work.parameters.bias + plane % a.c;
+  with_slope(slope_of(a.activation, a.mask, a.residual), [&](auto slope) {
+    for (int64_t k = 0; k < channels; k++) {
+      const Uniform<A> coefficients(stats.channel(w[k], b[k]));
+      for (int64_t j = first; j < last; j++)
+        *sums++ = segment_sums<T, slope>(a, coefficients, plane + k, j, kept ? kept + k * work.planes.padded : nullptr);
+    }
+  });
+}
+
+// dx and dresidual of such planes, in the pieces [first, last) of each; backwards, as what was read last is the
+// hottest.
+template <class T>
+[[gnu::noinline]] void write_planes(const GroupNormBackward& a, const PlanesWorkspace<T>& work, int64_t plane,
+                                    int64_t channels, int64_t first, int64_t last,
+                                    const Accumulate<T>* offset_and_slope, const Accumulate<T>* kept, bool backwards,
+                                    int64_t read_ahead, bool streaming) {
+  using A = Accumulate<T>;
+  const GroupStats<A> stats(a, plane / work.planes.channels);
+  const A *const w = work.parameters.weight + plane % a.c, *const b = work.parameters.bias + plane % a.c;
+  backward_spans<T>(a, kAhead, streaming, GroupGradient(), [&](auto write) {
+    for (int64_t i = 0; i < channels; i++) {
+      const int64_t k = backwards ? channels - 1 - i : i;
+      const Uniform<A> coefficients(stats.channel(w[k], b[k], offset_and_slope));
+      for (int64_t piece = last - 1; piece >= first; piece--) {
+        const int64_t at = piece * kPiece;
+        write(coefficients, (plane + k) * a.hw + at, std::min(kPiece, a.hw - at),
+              a.mask ? a.mask + (plane + k) * ((a.hw + 7) / 8) + at / 8 : nullptr,
+              kept ? kept + k * work.planes.padded + at : nullptr, read_ahead);
+      }
+    }
+  });
 }
 
 template <class T>
@@ -172,38 +202,26 @@ void finish_planes(const GroupNormBackward& a, const PlanesWorkspace<T>& work, i
   });
 }
 
-// A group at once, by one thread.  Flattened: a small plane takes less time than the calls that are left otherwise.
-template <class T, Slope slope>
-[[gnu::flatten]] void backward_group(const GroupNormBackward& a, const PlanesWorkspace<T>& work, int64_t group,
-                                     int rank, bool second_pass, bool streaming) {
+// A group at once, by one thread.
+template <class T>
+void backward_group(const GroupNormBackward& a, const PlanesWorkspace<T>& work, int64_t group, int rank,
+                    bool second_pass, bool streaming) {
   using A = Accumulate<T>;
   const GroupPlanes& planes = work.planes;
-  const int64_t c = group % a.groups * planes.channels, plane = group * planes.channels;
-  const A *const w = work.parameters.weight + c, *const b = work.parameters.bias + c;
-  A* const kept = is_costly(slope) && second_pass && planes.keeps ? work.kept + rank * planes.len : nullptr;
+  const int64_t plane = group * planes.channels;
+  A* const kept = planes.keeps ? work.kept + rank * planes.channels * planes.padded : nullptr;
   const bool cached = second_pass && planes.len * int64_t(sizeof(T)) <= kCachedGroup;
-  const GroupStats<A> stats(a, group);
   Sums* const sums = work.sums + rank * planes.channels * planes.segments;
-  for (int64_t k = 0; k < planes.channels; k++) {
-    const Uniform<A> coefficients(stats.channel(w[k], b[k]));
-    for (int64_t j = 0; j < planes.segments; j++)
-      sums[k * planes.segments + j] =
-          segment_sums<T, slope>(a, coefficients, plane + k, j, kept ? kept + k * a.hw : nullptr);
-  }
+  add_planes(a, work, plane, planes.channels, 0, planes.segments, kept, sums);
   A offset_and_slope[2];
   finish_planes(a, work, group, sums, offset_and_slope);
-  for (int64_t i = 0; second_pass && i < planes.channels; i++) {
-    const int64_t k = cached ? i : planes.channels - 1 - i;
-    const Uniform<A> coefficients(stats.channel(w[k], b[k], offset_and_slope));
-    for (int64_t piece = planes.pieces - 1; piece >= 0; piece--)
-      write_piece<T, slope>(a, coefficients, plane + k, piece, cached ? planes.len : kReadAhead, streaming,
-                            kept ? kept + k * a.hw : nullptr);
-  }
+  if (second_pass)
+    write_planes(a, work, plane, planes.channels, 0, planes.pieces, offset_and_slope, kept, !cached,
+                 cached ? planes.len : kReadAhead, streaming);
 }
 
-template <class T, Slope slope>
+template <class T>
 void backward_planes(const GroupNormBackward& a) {
-  using A = Accumulate<T>;
   const PlanesWorkspace<T> work(a);
   const GroupPlanes& planes = work.planes;
   const SampleBlocks& blocks = work.blocks;
@@ -218,14 +236,13 @@ void backward_planes(const GroupNormBackward& a) {
         blocks.clear(block, first * planes.channels, last * planes.channels);
         for (int64_t sample = block * blocks.block; sample < blocks.end(block); sample++)
           for (int64_t g = first; g < last; g++)
-            backward_group<T, slope>(a, work, sample * a.groups + g, team.rank, second_pass, streaming);
+            backward_group(a, work, sample * a.groups + g, team.rank, second_pass, streaming);
       });
     } else {
       const int64_t segments = a.n * a.c * planes.segments, pieces = a.n * a.c * planes.pieces;
       team.for_each(segments, [&](int64_t i) {
-        const int64_t plane = i / planes.segments;
-        work.sums[i] =
-            segment_sums<T, slope>(a, Uniform<A>(work.channel(a, plane)), plane, i % planes.segments, nullptr);
+        const int64_t j = i % planes.segments;
+        add_planes<T>(a, work, i / planes.segments, 1, j, j + 1, nullptr, work.sums + i);
       });
       team.for_each(blocks.blocks, [&](int64_t block) {
         blocks.clear(block, 0, a.c);
@@ -234,9 +251,9 @@ void backward_planes(const GroupNormBackward& a) {
       });
       if (second_pass)
         team.for_each(pieces, [&](int64_t j) {
-          const int64_t i = pieces - 1 - j, plane = i / planes.pieces, group = plane / planes.channels;
-          const Uniform<A> coefficients(work.channel(a, plane, work.offset_and_slope + group * 2));
-          write_piece<T, slope>(a, coefficients, plane, i % planes.pieces, 0, streaming, nullptr);
+          const int64_t i = pieces - 1 - j, plane = i / planes.pieces, piece = i % planes.pieces;
+          write_planes<T>(a, work, plane, 1, piece, piece + 1, work.offset_and_slope + plane / planes.channels * 2,
+                          nullptr, true, 0, streaming);
         });
     }
     blocks.write_gradients(a, team);
@@ -275,7 +292,7 @@ void finish_sample(const GroupNormBackward& a, const RowsWorkspace<T>& work, int
   work.rows.set_columns(a, sample, slot, offset_and_slope);
 }
 
-template <class T, Slope slope>
+template <class T>
 void backward_rows(const GroupNormBackward& a) {
   const RowsWorkspace<T> work(a);
   const Rows<T>& rows = work.rows.rows;
@@ -283,15 +300,14 @@ void backward_rows(const GroupNormBackward& a) {
   work.rows.parameters.read_from(a);
   const bool second_pass = a.dx || a.dresidual, streaming = streams_backward(a, std::gcd(rows.columns, rows.total));
   auto sums = [&](int64_t sample, int64_t slot, int64_t i, int rank) {
-    chunk_sums<T, slope>(sample_of(a, sample), rows, work.rows.columns(slot), i * rows.chunk, rows.chunk_end(i),
-                         work.rows.chunk_sums(slot, i, 0), work.rows.chunk_sums(slot, i, 1),
-                         work.rows.thread_scratch(rank, 0), work.rows.thread_scratch(rank, 1), [](const auto&...) {});
+    with_slope(slope_of(a.activation, a.mask, a.residual), [&](auto slope) {
+      chunk_sums<T, slope>(sample_of(a, sample), rows, work.rows.columns(slot), i * rows.chunk, rows.chunk_end(i),
+                           work.rows.chunk_sums(slot, i, 0), work.rows.chunk_sums(slot, i, 1),
+                           work.rows.thread_scratch(rank, 0), work.rows.thread_scratch(rank, 1), [](const auto&...) {});
+    });
   };
   auto write_chunk = [&](int64_t sample, int64_t slot, int64_t i, int64_t read_ahead) {
-    const GroupNormBackward one = sample_of(a, sample);
-    for (int64_t at = i * rows.chunk; at < rows.chunk_end(i); at += rows.columns)
-      backward_span<T, slope>(one, work.rows.columns(slot), at, std::min(rows.columns, rows.total - at),
-                              a.mask ? one.mask + at / 8 : nullptr, read_ahead, kRowsAhead, streaming, GroupGradient());
+    backward_chunk(sample_of(a, sample), rows, work.rows.columns(slot), i, read_ahead, streaming, GroupGradient());
   };
   parallel(a.threads, [&](Team team) {
     if (work.each) {
@@ -340,10 +356,8 @@ void group_norm_backward(const GroupNormBackward& a) {
   prefer_huge_pages(a.dx, a.n * a.c * a.hw * size_of(a.dtype));
   prefer_huge_pages(a.dresidual, a.n * a.c * a.hw * size_of(a.dtype));
   with_type(a.dtype, [&](auto zero) {
-    with_slope(a.activation, a.mask != nullptr, a.residual != nullptr, [&](auto slope) {
-      using T = decltype(zero);
-      a.channels_last ? backward_rows<T, slope.value>(a) : backward_planes<T, slope.value>(a);
-    });
+    using T = decltype(zero);
+    a.channels_last ? backward_rows<T>(a) : backward_planes<T>(a);
   });
 }
 

@@ -51,6 +51,7 @@ struct PerElement {
     const Pack<A> scale = Pack<A>(rstd) * load(weight + i, Full<A>());
     return k == kScale ? scale : load(bias + i, Full<A>()) - Pack<A>(mean_low) * scale;
   }
+  PerElement from(int64_t i) const { return {mean, mean_low, rstd, weight + i, bias + i}; }
 };
 
 struct GroupPlanes {
@@ -85,38 +86,44 @@ void finish_group(const GroupNormForward& a, const GroupPlanes& planes, int64_t 
   set_stats<Accumulate<T>>(a, group, m);
 }
 
-template <class T, Kind kind, bool kResidual>
-[[gnu::always_inline]] inline void normalize_piece(const GroupNormForward& a, const GroupPlanes& planes,
-                                                   const Parameters<T>& parameters, int64_t group, int64_t piece,
-                                                   bool streaming) {
-  const int64_t channel = piece / planes.pieces, plane = group * planes.channels + channel;
-  const int64_t c = plane % a.c, at = piece % planes.pieces * kPiece;
-  const Uniform<Accumulate<T>> coefficients(
-      GroupStats<Accumulate<T>>(a, group).channel(parameters.weight[c], parameters.bias[c]));
-  uint8_t* const mask = a.mask ? a.mask + plane * ((a.hw + 7) / 8) + at / 8 : nullptr;
-  normalize<T, kind, kResidual>(a, coefficients, plane * a.hw + at, std::min(kPiece, a.hw - at), mask,
-                                {planes.ahead, kAhead, kAhead}, streaming);
+// `count` pieces of a group.
+template <class T>
+[[gnu::noinline]] void normalize_pieces(const GroupNormForward& a, const GroupPlanes& planes,
+                                        const Parameters<T>& parameters, int64_t group, int64_t first, int64_t count,
+                                        bool backwards, bool streaming) {
+  using A = Accumulate<T>;
+  const GroupStats<A> stats(a, group);
+  const int64_t c = group % a.groups * planes.channels;
+  normalize<T>(a, {planes.ahead, kAhead, kAhead}, streaming, [&](auto write) {
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t piece = first + (backwards ? count - 1 - i : i), k = piece / planes.pieces,
+                    plane = group * planes.channels + k, at = piece % planes.pieces * kPiece;
+      write(Uniform<A>(stats.channel(parameters.weight[c + k], parameters.bias[c + k])), plane * a.hw + at,
+            std::min(kPiece, a.hw - at), a.mask ? a.mask + plane * ((a.hw + 7) / 8) + at / 8 : nullptr);
+    }
+  });
 }
 
-template <class T, Kind kind, bool kResidual>
+template <class T>
+[[gnu::noinline]] void normalize_together(const GroupNormForward& a, const GroupPlanes& planes,
+                                          const Parameters<T>& parameters, int64_t group, bool streaming) {
+  const GroupStats<Accumulate<T>> stats(a, group);
+  const int64_t at = group % a.groups * planes.len;
+  const PerElement<T> coefficients{stats.mean, stats.mean_low, stats.rstd, parameters.weight + at,
+                                   parameters.bias + at};
+  normalize<T>(a, {planes.ahead, kAhead, kAhead}, streaming,
+               [&](auto write) { write(coefficients, group * planes.len, planes.len, nullptr); });
+}
+
+template <class T>
 void normalize_group(const GroupNormForward& a, const GroupPlanes& planes, const Parameters<T>& parameters,
                      int64_t group, bool streaming) {
-  if (planes.together) {
-    const GroupStats<Accumulate<T>> stats(a, group);
-    const int64_t at = group % a.groups * planes.len;
-    const PerElement<T> coefficients{stats.mean, stats.mean_low, stats.rstd, parameters.weight + at,
-                                     parameters.bias + at};
-    normalize<T, kind, kResidual>(a, coefficients, group * planes.len, planes.len, nullptr,
-                                  {planes.ahead, kAhead, kAhead}, streaming);
-    return;
-  }
-  const int64_t pieces = planes.channels * planes.pieces;
+  if (planes.together) return normalize_together(a, planes, parameters, group, streaming);
   const bool backwards = planes.len * int64_t(sizeof(T)) > kLarge;  // what was read last is the hottest
-  for (int64_t i = 0; i < pieces; i++)
-    normalize_piece<T, kind, kResidual>(a, planes, parameters, group, backwards ? pieces - 1 - i : i, streaming);
+  normalize_pieces(a, planes, parameters, group, 0, planes.channels * planes.pieces, backwards, streaming);
 }
 
-template <class T, Kind kind, bool kResidual>
+template <class T>
 void forward_planes(const GroupNormForward& a) {
   const GroupPlanes planes(a, T());
   const int64_t groups = a.n * a.groups;
@@ -132,7 +139,7 @@ void forward_planes(const GroupNormForward& a) {
           Moments m;
           for (int64_t j = 0; j < planes.segments; j++) m.merge(segment_moments<T>(a, planes, g, j));
           finish_group<T>(a, planes, g, m);
-          normalize_group<T, kind, kResidual>(a, planes, parameters, g, streaming);
+          normalize_group(a, planes, parameters, g, streaming);
         }
       });
     });
@@ -151,7 +158,7 @@ void forward_planes(const GroupNormForward& a) {
     const int64_t pieces = planes.channels * planes.pieces;
     team.for_each(groups * pieces, [&](int64_t j) {
       const int64_t i = groups * pieces - 1 - j;
-      normalize_piece<T, kind, kResidual>(a, planes, parameters, i / pieces, i % pieces, streaming);
+      normalize_pieces(a, planes, parameters, i / pieces, i % pieces, 1, false, streaming);
     });
   });
 }
@@ -177,7 +184,7 @@ void finish_sample(const GroupNormForward& a, const SampleRows<T>& work, int64_t
   work.set_columns(a, sample, slot, nullptr);
 }
 
-template <class T, Kind kind, bool kResidual>
+template <class T>
 void forward_rows(const GroupNormForward& a) {
   const bool each = one_each(a.n, a.threads);
   Arena arena(a.workspace);
@@ -190,11 +197,8 @@ void forward_rows(const GroupNormForward& a) {
                   work.chunk_sums(slot, i, 0), work.chunk_sums(slot, i, 1), work.thread_scratch(rank, 0),
                   work.thread_scratch(rank, 1), work.thread_scratch(rank, 2));
   };
-  auto normalize_chunk = [&](int64_t sample, int64_t slot, int64_t i, int64_t x_ahead) {
-    const GroupNormForward one = sample_of(a, sample);
-    for (int64_t at = i * rows.chunk; at < rows.chunk_end(i); at += rows.columns)
-      normalize<T, kind, kResidual>(one, work.columns(slot), at, std::min(rows.columns, rows.total - at),
-                                    a.mask ? one.mask + at / 8 : nullptr, {x_ahead, kRowsAhead, kRowsAhead}, streaming);
+  auto write = [&](int64_t sample, int64_t slot, int64_t i, int64_t x_ahead) {
+    normalize_chunk(sample_of(a, sample), rows, work.columns(slot), i, x_ahead, streaming);
   };
   parallel(a.threads, [&](Team team) {
     if (each) {
@@ -204,7 +208,7 @@ void forward_rows(const GroupNormForward& a) {
           for (int64_t i = 0; i < rows.chunks; i++) moments(s, team.rank, i, team.rank);
           finish_sample(a, work, s, team.rank);
           for (int64_t i = rows.chunks - 1; i >= 0; i--)
-            normalize_chunk(s, team.rank, i, rows.total + (rows.chunks - 1 - 2 * i) * rows.chunk);
+            write(s, team.rank, i, rows.total + (rows.chunks - 1 - 2 * i) * rows.chunk);
         }
       });
       return;
@@ -214,14 +218,9 @@ void forward_rows(const GroupNormForward& a) {
     team.for_each(a.n, [&](int64_t s) { finish_sample(a, work, s, s); });
     team.for_each(chunks, [&](int64_t j) {
       const int64_t i = chunks - 1 - j;
-      normalize_chunk(i / rows.chunks, i / rows.chunks, i % rows.chunks, kRowsAhead);
+      write(i / rows.chunks, i / rows.chunks, i % rows.chunks, kRowsAhead);
     });
   });
-}
-
-template <class T, Kind kind, bool kResidual>
-void forward(const GroupNormForward& a) {
-  a.channels_last ? forward_rows<T, kind, kResidual>(a) : forward_planes<T, kind, kResidual>(a);
 }
 
 }  // namespace
@@ -244,8 +243,8 @@ size_t group_norm_forward_workspace(const GroupNormForward& a) {
 void group_norm_forward(const GroupNormForward& a) {
   prefer_huge_pages(a.y, a.n * a.c * a.hw * size_of(a.dtype));
   with_type(a.dtype, [&](auto zero) {
-    with_kind_and_residual(a,
-                           [&](auto kind, auto residual) { forward<decltype(zero), kind.value, residual.value>(a); });
+    using T = decltype(zero);
+    a.channels_last ? forward_rows<T>(a) : forward_planes<T>(a);
   });
 }
 

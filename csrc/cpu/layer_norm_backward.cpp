@@ -57,12 +57,13 @@ template <class T, Slope slope, int kRows>
   const int64_t cols = a.cols, len = std::min(kSegment, cols - column), at = row * cols + column;
   const T* const ahead = static_cast<const T*>(a.x) + at + x_ahead;
   A *const dweight = b.dweight(rank) + column, *const dbias = b.dbias(rank) + column;
-  A* const kept = b.kept(rank) + i * cols + column;
+  A* const kept = b.kept(rank) + i * b.plan.padded + column;  // of slopes
   const P lanes = new_lanes<T>(len);
   const bool grow = b.with_parameters;
   auto take = [&]<size_t... u>(std::index_sequence<u...>) {
     const OfRow<A> c[] = {s.row(i + u, b.parameters, column)...};
     const uint8_t* const mask[] = {b.mask(row + u, cols, column)...};
+    if constexpr (slope == Slope::kKept) (keep_slopes(b, c[u], at + u * cols, len, kept + u * b.plan.padded), ...);
     P sum[kRows], product[kRows];
     ((sum[u] = product[u] = P(A(0))), ...);
     for_packs<T>(len, [&](int64_t k, auto count, auto again) {
@@ -71,8 +72,8 @@ template <class T, Slope slope, int kRows>
       const P weight = c[0].weight(k, count);
       auto add = [&](int r) {
         fetch(ahead + r * cols + k);
-        const Gradient<T, slope, OfRow<A>> g(a, c[r], at + r * cols + k, k, mask[r], count, again);
-        if constexpr (is_costly(slope)) store(kept + r * cols + k, g.dz, count);
+        const Gradient<T, slope, OfRow<A>> g(a, c[r], at + r * cols + k, k, mask[r], kept + r * b.plan.padded, count,
+                                             again);
         const P dz = keep(lanes, g.dz, count, again), weighted = dz * weight;
         dw = fmadd(dz, g.normalized, dw), db = db + dz;
         sum[r] = sum[r] + weighted, product[r] = fmadd(weighted, g.normalized, product[r]);
@@ -86,41 +87,44 @@ template <class T, Slope slope, int kRows>
 }
 
 // ... and of any number of rows, from the first of the batch on.
-template <class T, Slope slope>
+template <class T>
 void segment_sums_of(const Backward<T>& b, BackwardBatch<Accumulate<T>>& s, int rank, int64_t row, int64_t rows,
                      int64_t column, int64_t x_ahead) {
   constexpr int kRows = 4;
-  int64_t i = 0;
-  for (; i + kRows <= rows; i += kRows) segment_sums<T, slope, kRows>(b, s, rank, i, row + i, column, x_ahead);
-  for (; i < rows; i++) segment_sums<T, slope, 1>(b, s, rank, i, row + i, column, x_ahead);
+  with_slope(b.slope, [&](auto slope) {
+    int64_t i = 0;
+    for (; i + kRows <= rows; i += kRows) segment_sums<T, slope, kRows>(b, s, rank, i, row + i, column, x_ahead);
+    for (; i < rows; i++) segment_sums<T, slope, 1>(b, s, rank, i, row + i, column, x_ahead);
+  });
 }
 
-template <class T, Slope slope>
+template <class T>
 [[gnu::noinline]] void write_segment(const Backward<T>& b, const BackwardBatch<Accumulate<T>>& s, int rank, int64_t i,
                                      int64_t row, int64_t column, int64_t dy_ahead) {
   const int64_t cols = b.a.cols;
-  write_gradients<T, slope>(b, s.row(i, b.parameters, column), (row + i) * cols + column,
-                            std::min(kSegment, cols - column), b.mask(row + i, cols, column),
-                            b.kept(rank) + i * cols + column, dy_ahead);
+  write_gradients(b, [&](auto write) {
+    write(s.row(i, b.parameters, column), (row + i) * cols + column, std::min(kSegment, cols - column),
+          b.mask(row + i, cols, column), b.kept(rank) + i * b.plan.padded + column, dy_ahead);
+  });
 }
 
 // The sums of a batch of rows, while what comes next of x is fetched, then their gradients, and the same with dy.
-template <class T, Slope slope>
+template <class T>
 void backward_batch(const Backward<T>& b, BackwardBatch<Accumulate<T>>& s, int rank, int64_t row, int64_t rows) {
   const int64_t cols = b.a.cols, ahead = cols <= kReadAhead ? b.plan.batch * cols : kReadAhead;
   start_batch(b, s, row, rows);
   for (int64_t k = 0; k < cols; k += kSegment) {
-    segment_sums_of<T, slope>(b, s, rank, row, rows, k, ahead);
+    segment_sums_of(b, s, rank, row, rows, k, ahead);
     merge_sums(s, rows);
   }
   finish_batch(b.a, s, rows);
   if (!b.a.dx && !b.a.dresidual) return;
   for (int64_t i = 0; i < rows; i++)
     for (int64_t k = (cols - 1) / kSegment * kSegment; k >= 0; k -= kSegment)  // what was read last is the hottest
-      write_segment<T, slope>(b, s, rank, i, row, k, cols <= kReadAhead ? ahead : 0);
+      write_segment(b, s, rank, i, row, k, cols <= kReadAhead ? ahead : 0);
 }
 
-template <class T, Slope slope>
+template <class T>
 void backward_rows(const Backward<T>& b) {
   using A = Accumulate<T>;
   const LayerNormBackward& a = b.a;
@@ -136,7 +140,7 @@ void backward_rows(const Backward<T>& b) {
         if (b.with_parameters) std::fill(dweight, dweight + 2 * plan.padded, A(0));
         const int64_t block_end = std::min(end, block + kBlockRows);
         for (int64_t row = block; row < block_end; row += plan.batch)
-          backward_batch<T, slope>(b, s, team.rank, row, std::min(plan.batch, block_end - row));
+          backward_batch(b, s, team.rank, row, std::min(plan.batch, block_end - row));
         if (b.with_parameters) flush(dweight, b.sums(chunk, 0), a.cols), flush(dbias, b.sums(chunk, 1), a.cols);
       }
     });
@@ -145,7 +149,7 @@ void backward_rows(const Backward<T>& b) {
 }
 
 // A few rows after another, each shared by the threads.
-template <class T, Slope slope>
+template <class T>
 void backward_wide_rows(const Backward<T>& b) {
   using A = Accumulate<T>;
   const LayerNormBackward& a = b.a;
@@ -164,7 +168,7 @@ void backward_wide_rows(const Backward<T>& b) {
         if (row == 0) both([&](A*, double* sums) { std::fill(sums, sums + len, 0.0); });
         if (row % kBlockRows == 0)
           both([&](A* grown, double*) { std::fill(grown, grown + round_up(len, kLanes<T>), A(0)); });
-        segment_sums_of<T, slope>(b, s, 0, row, rows, k, kReadAhead);
+        segment_sums_of(b, s, 0, row, rows, k, kReadAhead);
         std::copy(s.sum, s.sum + rows, p), std::copy(s.product, s.product + rows, p + kWideRows);
         if ((row + kWideRows) % kBlockRows == 0 || row + kWideRows >= plan.rows)
           both([&](const A* grown, double* sums) { flush(grown, sums, len); });
@@ -176,7 +180,7 @@ void backward_wide_rows(const Backward<T>& b) {
       }
       finish_batch(a, s, rows);
       team.for_each(a.dx || a.dresidual ? rows * plan.segments : 0, [&](int64_t i) {
-        write_segment<T, slope>(b, s, 0, i / plan.segments, row, i % plan.segments * kSegment, kReadAhead);
+        write_segment(b, s, 0, i / plan.segments, row, i % plan.segments * kSegment, kReadAhead);
       });
     }
     finish_parameters(b, team);
@@ -202,8 +206,7 @@ template <class T, Slope slope>
   for_packs<T>(pixels, [&](int64_t i, auto count, auto again) {
     prefetch(static_cast<const T*>(a.x) + at + i + read_ahead);
     prefetch(static_cast<const T*>(a.dy) + at + i + read_ahead);
-    const Gradient<T, slope, OfColumn<A>> g(a, c, at + i, i, mask, count, again);
-    if constexpr (is_costly(slope)) store(kept + i, g.dz, count);
+    const Gradient<T, slope, OfColumn<A>> g(a, c, at + i, i, mask, kept, count, again);
     const P dz = keep(lanes, g.dz, count, again), weighted = dz * c.weight(i, count);
     dw = fmadd(dz, g.normalized, dw), db = db + dz;
     store(s.sum + i, load(s.sum + i, Full<A>()) + weighted, Full<A>());
@@ -212,32 +215,46 @@ template <class T, Slope slope>
   return {double(dw.sum()), double(db.sum())};
 }
 
-template <class T, Slope slope>
+template <class T>
+[[gnu::noinline]] void write_tile(const Backward<T>& b, const BackwardBatch<Accumulate<T>>& s, const Tiles::Tile& t,
+                                  const Accumulate<T>* kept) {
+  const LayerNormBackward& a = b.a;
+  write_gradients(b, [&](auto write) {
+    for (int64_t k = a.cols - 1; k >= 0; k--)
+      write(s.column(b.parameters, k), t.at + k * a.inner, t.pixels, b.mask(t.sample * a.cols + k, a.inner, t.first),
+            kept + k * b.plan.batch, 0);
+  });
+}
+
+template <class T>
 void backward_tile(const Backward<T>& b, BackwardBatch<Accumulate<T>>& s, int rank, const Tiles::Tile& t,
                    int64_t chunk) {
   using A = Accumulate<T>;
   const LayerNormBackward& a = b.a;
   constexpr int64_t kColumnsAhead = 4;
   auto mask = [&](int64_t k) { return b.mask(t.sample * a.cols + k, a.inner, t.first); };
-  auto kept = [&](int64_t k) { return b.kept(rank) + k * t.pixels; };
+  auto kept = [&](int64_t k) { return b.kept(rank) + k * b.plan.batch; };
   double *const dweight = b.sums(chunk, 0), *const dbias = b.sums(chunk, 1);
   start_batch(b, s, t.sample * a.inner + t.first, t.pixels);
   for (int64_t block = 0; block < a.cols; block += kBlockColumns) {
     std::fill(s.sum, s.sum + round_up(t.pixels, kLanes<T>), A(0));
     std::fill(s.product, s.product + round_up(t.pixels, kLanes<T>), A(0));
     for (int64_t k = block; k < std::min(a.cols, block + kBlockColumns); k++) {
-      const Share share = add_column<T, slope>(b, s, s.column(b.parameters, k), t.at + k * a.inner, t.pixels, mask(k),
-                                               kept(k), kColumnsAhead * a.inner);
-      dweight[k] += share.dweight, dbias[k] += share.dbias;
+      const auto c = s.column(b.parameters, k);
+      const int64_t at = t.at + k * a.inner;
+      if (b.slope == Slope::kKept) keep_slopes(b, c, at, t.pixels, kept(k));
+      with_slope(b.slope, [&](auto slope) {
+        const Share share = add_column<T, slope>(b, s, c, at, t.pixels, mask(k), kept(k), kColumnsAhead * a.inner);
+        dweight[k] += share.dweight, dbias[k] += share.dbias;
+      });
     }
     merge_sums(s, t.pixels);
   }
   finish_batch(a, s, t.pixels);
-  for (int64_t k = a.cols - 1; k >= 0 && (a.dx || a.dresidual); k--)
-    write_gradients<T, slope>(b, s.column(b.parameters, k), t.at + k * a.inner, t.pixels, mask(k), kept(k), 0);
+  if (a.dx || a.dresidual) write_tile(b, s, t, kept(0));
 }
 
-template <class T, Slope slope>
+template <class T>
 void backward_tiles(const Backward<T>& b) {
   using A = Accumulate<T>;
   const LayerNormBackward& a = b.a;
@@ -248,7 +265,7 @@ void backward_tiles(const Backward<T>& b) {
     team.for_each(b.plan.chunks, [&](int64_t chunk) {
       std::fill(b.sums(chunk, 0), b.sums(chunk, 0) + 2 * a.cols, 0.0);
       for (int64_t i = chunk * b.plan.per_chunk; i < std::min(tiles.count, (chunk + 1) * b.plan.per_chunk); i++)
-        backward_tile<T, slope>(b, s, team.rank, tiles.tile(i), chunk);
+        backward_tile(b, s, team.rank, tiles.tile(i), chunk);
     });
     finish_parameters(b, team);
   });
@@ -273,12 +290,8 @@ void layer_norm_backward(const LayerNormBackward& a) {
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     const Backward<T> b(a);
-    with_slope(a.activation, a.mask, a.residual, [&](auto slope) {
-      if (a.inner > 1)
-        backward_tiles<T, slope.value>(b);
-      else
-        b.plan.wide ? backward_wide_rows<T, slope.value>(b) : backward_rows<T, slope.value>(b);
-    });
+    if (a.inner > 1) return backward_tiles(b);
+    b.plan.wide ? backward_wide_rows(b) : backward_rows(b);
   });
 }
 

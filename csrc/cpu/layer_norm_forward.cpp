@@ -50,28 +50,54 @@ struct Forward {
   }
 };
 
-// y = activation(normalized * weight + bias + residual) over len elements from `at` on; mask: their bits.
-template <class T, Kind kind, bool kResidual, class Coefficients>
-[[gnu::always_inline]] inline void write_output(const Forward<T>& f, const Coefficients c, int64_t at, int64_t len,
-                                                uint8_t* mask, int64_t read_ahead) {
-  using A = Accumulate<T>;
-  const LayerNormForward& a = f.a;
-  constexpr int64_t kWriteAhead = 512;
+// out(i, z, count, again) for every pack of z = normalized * weight + bias + residual, of `len` elements from element
+// `at` on, the i-th of their span.
+template <class T, class Coefficients, class Out>
+[[gnu::always_inline]] inline void for_z(const Forward<T>& f, const Coefficients c, int64_t at, int64_t first,
+                                         int64_t len, int64_t read_ahead, auto with_residual, Out out) {
   const T* const h = f.h + at;
-  const T* const residual = static_cast<const T*>(a.residual) + at;
-  T* const y = static_cast<T*>(a.y) + at;
-  const bool streaming = f.streaming, ahead = read_ahead != 0 && !a.addend;
-  const A slope = A(a.negative_slope);
+  const T* const residual = static_cast<const T*>(f.a.residual) + at;
+  const bool ahead = read_ahead != 0 && !f.a.addend;
   for_packs<T>(len, [&](int64_t i, auto count, auto again) {
     if (ahead) fetch(h + i + read_ahead);
-    if (kResidual && read_ahead) fetch(residual + i + read_ahead);
-    if (!streaming) prefetch<T, true>(y + i + kWriteAhead);
-    auto z = fmadd(normalize(c, load(h + i, count), i), c.weight(i, count), c.bias(i, count));
-    if constexpr (kResidual) z = z + load(residual + i, count);
-    if constexpr (kResidual && kind != Kind::kNone)
-      if (mask) store_bits(mask, i, slope_bits<kind>(a.activation, z), count, again);
-    store_output(y + i, apply<kind>(a.activation, slope, z), count, again, streaming);
+    if (with_residual && read_ahead) fetch(residual + i + read_ahead);
+    auto z = fmadd(normalize(c, load(h + i, count), first + i), c.weight(first + i, count), c.bias(first + i, count));
+    if (with_residual) z = z + load(residual + i, count);
+    out(i, z, count, again);
   });
+}
+
+// y = activation(z) of spans: each(write) calls write(coefficients, at, len, mask, read_ahead) for one after the other,
+// of len elements from `at` on, whose bits are at mask.
+template <class T, class F>
+[[gnu::always_inline]] inline void write_outputs(const Forward<T>& f, F each) {
+  using A = Accumulate<T>;
+  const LayerNormForward& a = f.a;
+  const bool streaming = f.streaming;
+  if (takes_strips(a.activation))
+    return each([&](const auto c, int64_t at, int64_t len, uint8_t* mask, int64_t read_ahead) {
+      alignas(64) A strip[kStrip];
+      for (int64_t first = 0; first < len; first += kStrip) {
+        const int64_t part = std::min(kStrip, len - first);
+        for_z(f, c, at + first, first, part, read_ahead, a.residual != nullptr,
+              [&](int64_t i, auto z, auto, auto again) { store(strip + place<T>(i, again), z, Full<A>()); });
+        store_activated(a.activation, a.negative_slope, strip, static_cast<T*>(a.y) + at + first, part,
+                        mask ? mask + first / 8 : nullptr, streaming);
+      }
+    });
+  const A bound = lower_bound<A>(a.activation);
+  auto with = [&](auto residual) {
+    each([&](const auto c, int64_t at, int64_t len, uint8_t* mask, int64_t read_ahead) {
+      constexpr int64_t kWriteAhead = 512;
+      T* const y = static_cast<T*>(a.y) + at;
+      for_z(f, c, at, 0, len, read_ahead, residual, [&](int64_t i, auto z, auto count, auto again) {
+        if (residual && mask) store_bits(mask, i, relu_bits(z), count, again);
+        if (!streaming) prefetch<T, true>(y + i + kWriteAhead);
+        store_output(y + i, raise_to(bound, z), count, again, streaming);
+      });
+    });
+  };
+  a.residual ? with(std::true_type()) : with(std::false_type());
 }
 
 // ---- Statistics -----------------------------------------------------------------------------------------------------
@@ -159,15 +185,16 @@ template <class T>
   s.origin[i] = origin, s.sum[i] = sum.sum(), s.square[i] = square.sum();
 }
 
-template <class T, Kind kind, bool kResidual>
+template <class T>
 [[gnu::noinline]] void write_segment(const Forward<T>& f, const ForwardBatch<Accumulate<T>>& s, int64_t i, int64_t row,
                                      int64_t column, int64_t read_ahead) {
   const int64_t cols = f.a.cols, len = std::min(kSegment, cols - column);
   uint8_t* const mask = f.a.mask ? f.a.mask + row * ((cols + 7) / 8) + column / 8 : nullptr;
-  write_output<T, kind, kResidual>(f, s.row(i, f.parameters, column), row * cols + column, len, mask, read_ahead);
+  write_outputs(f,
+                [&](auto write) { write(s.row(i, f.parameters, column), row * cols + column, len, mask, read_ahead); });
 }
 
-template <class T, Kind kind, bool kResidual>
+template <class T>
 void forward_rows(const Forward<T>& f) {
   using A = Accumulate<T>;
   const LayerNormForward& a = f.a;
@@ -189,7 +216,7 @@ void forward_rows(const Forward<T>& f) {
         for (int64_t i = 0; i < rows; i++)
           for (int64_t k = (cols - 1) / kSegment * kSegment; k >= 0;
                k -= kSegment)  // what was read last is the hottest
-            write_segment<T, kind, kResidual>(f, s, i, row + i, k, ahead);
+            write_segment(f, s, i, row + i, k, ahead);
       }
     });
   });
@@ -200,7 +227,7 @@ bool shares_rows(const LayerNormForward& a) {
   return a.inner == 1 && a.cols > kSegment && a.outer < std::min<int64_t>(2 * a.threads, kMaxBatch);
 }
 
-template <class T, Kind kind, bool kResidual>
+template <class T>
 void forward_shared_rows(const Forward<T>& f) {
   using A = Accumulate<T>;
   const LayerNormForward& a = f.a;
@@ -228,9 +255,8 @@ void forward_shared_rows(const Forward<T>& f) {
       }
       finish_batch(f, all, 0, f.rows, f.h, a.cols, 1);
     });
-    team.for_each(f.rows * segments, [&](int64_t i) {
-      write_segment<T, kind, kResidual>(f, all, i / segments, i / segments, i % segments * kSegment, 0);
-    });
+    team.for_each(f.rows * segments,
+                  [&](int64_t i) { write_segment(f, all, i / segments, i / segments, i % segments * kSegment, 0); });
   });
 }
 
@@ -270,7 +296,18 @@ void column_sums(const Forward<T>& f, ForwardBatch<Accumulate<T>>& s, int64_t at
   for (; j < columns; j++) add(j, std::integral_constant<int, 1>());
 }
 
-template <class T, Kind kind, bool kResidual>
+template <class T>
+[[gnu::noinline]] void write_tile(const Forward<T>& f, const ForwardBatch<Accumulate<T>>& s, const Tiles::Tile& t) {
+  const LayerNormForward& a = f.a;
+  write_outputs(f, [&](auto write) {
+    for (int64_t k = a.cols - 1; k >= 0; k--) {  // backwards: what was read last is the hottest
+      uint8_t* const mask = a.mask ? a.mask + (t.sample * a.cols + k) * ((a.inner + 7) / 8) + t.first / 8 : nullptr;
+      write(s.column(f.parameters, k), t.at + k * a.inner, t.pixels, mask, 0);
+    }
+  });
+}
+
+template <class T>
 void forward_tiles(const Forward<T>& f) {
   using A = Accumulate<T>;
   const LayerNormForward& a = f.a;
@@ -286,10 +323,7 @@ void forward_tiles(const Forward<T>& f) {
         merge_sums(s, t.pixels, double(k), double(columns), a.rms);
       }
       finish_batch(f, s, t.sample * a.inner + t.first, t.pixels, f.h + t.at, 1, a.inner);
-      for (int64_t k = a.cols - 1; k >= 0; k--) {  // backwards: what was read last is the hottest
-        uint8_t* const mask = a.mask ? a.mask + (t.sample * a.cols + k) * ((a.inner + 7) / 8) + t.first / 8 : nullptr;
-        write_output<T, kind, kResidual>(f, s.column(f.parameters, k), t.at + k * a.inner, t.pixels, mask, 0);
-      }
+      write_tile(f, s, t);
     });
   });
 }
@@ -312,13 +346,8 @@ void layer_norm_forward(const LayerNormForward& a) {
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     const Forward<T> f(a);
-    auto run = [&](auto kind, auto residual) {
-      if (a.inner > 1) return forward_tiles<T, kind.value, residual.value>(f);
-      shares_rows(a) ? forward_shared_rows<T, kind.value, residual.value>(f)
-                     : forward_rows<T, kind.value, residual.value>(f);
-    };
-    with_kind(a.activation,
-              [&](auto kind) { a.residual ? run(kind, std::true_type()) : run(kind, std::false_type()); });
+    if (a.inner > 1) return forward_tiles(f);
+    shares_rows(a) ? forward_shared_rows(f) : forward_rows(f);
   });
 }
 

@@ -15,8 +15,8 @@ constexpr int64_t kChunkSize = 65536;  // elements, at least
 constexpr int64_t kMaxChunks = 128;
 
 // Workspace: doubles [chunks][2][cols]: dweight, dbias;  sums of the segments of wide rows [segments][kWideRows];  then
-// A: parameters converted, and per thread [2][padded cols], where dweight and dbias grow, and dz where it is kept from
-// the first pass for the second.  Threads share the latter two for wide rows.
+// A: parameters converted, and per thread [2][padded cols], where dweight and dbias grow, and slopes where they are
+// kept from the first pass for the second.  Threads share the latter two for wide rows.
 struct Plan {
   int64_t rows, segments, batch, per_chunk, chunks, padded, scratch;  // scratch: elements per thread
   bool wide;
@@ -30,8 +30,8 @@ struct Plan {
     per_chunk = wide ? rows : std::max((kChunkSize + size - 1) / size, (items + kMaxChunks - 1) / kMaxChunks);
     chunks = (items + per_chunk - 1) / per_chunk;
     padded = round_up(a.cols, kLanes<T>);
-    const bool keep = a.activation != Activation::kNone && !a.mask;
-    scratch = round_up(2 * padded + (keep ? batch * a.cols : 0), 16);
+    const bool keep = slope_of(a.activation, a.mask, a.residual) == Slope::kKept;
+    scratch = round_up(2 * padded + (keep ? batch * padded : 0), 16);
   }
   int64_t doubles(const LayerNormBackward& a) const {
     return chunks * 2 * a.cols + (wide ? segments * 2 * kWideRows : 0);
@@ -47,6 +47,7 @@ struct Backward {
   A *converted, *scratch;
   Parameters<A> parameters;
   const A* stats;
+  Slope slope;
   bool with_parameters, streaming;
 
   explicit Backward(const LayerNormBackward& a)
@@ -58,6 +59,7 @@ struct Backward {
         scratch(converted + Parameters<A>::elements(a)),
         parameters(a, converted),
         stats(static_cast<const A*>(a.stats)),
+        slope(slope_of(a.activation, a.mask, a.residual)),
         with_parameters(a.dweight || a.dbias) {
     const int64_t run = (a.inner == 1 ? a.cols : a.inner) * sizeof(T);
     const int64_t streams_of_x = 2 + !!a.dsum + !!a.residual + !!a.dx + !!a.dresidual;
@@ -76,30 +78,37 @@ struct Backward {
   A* kept(int rank) const { return dbias(rank) + plan.padded; }
 };
 
-// dz and normalized of a pack at element `at`, which is the i-th of its span; mask: the span's bits.
+// dz and normalized of a pack at element `at`, which is the i-th of its span; mask: the span's bits, kept: its slopes.
 template <class T, Slope slope, class Coefficients>
 struct Gradient {
   using A = Accumulate<T>;
   using P = Pack<A>;
   P dz, normalized;
 
-  Gradient(const LayerNormBackward& a, const Coefficients& c, int64_t at, int64_t i, const uint8_t* mask, auto count,
-           auto again) {
+  Gradient(const LayerNormBackward& a, const Coefficients& c, int64_t at, int64_t i, const uint8_t* mask, const A* kept,
+           auto count, auto again) {
     normalized = normalize(c, load(static_cast<const T*>(a.x) + at, count), i);
     P z = normalized;
-    if constexpr (needs_z(slope)) z = fmadd(normalized, c.weight(i, count), c.bias(i, count));
-    dz = slope_times<slope>(a.activation, A(a.negative_slope), load(static_cast<const T*>(a.dy) + at, count), z,
-                            static_cast<const T*>(a.residual) + at, mask, i, count, again);
+    if constexpr (slope == Slope::kRelu) z = fmadd(normalized, c.weight(i, count), c.bias(i, count));
+    dz = slope_times<slope>(a.activation, a.negative_slope, load(static_cast<const T*>(a.dy) + at, count), z, mask,
+                            kept, i, count, again);
   }
-  // The second time: dz is where it was kept, if it was costly.
-  Gradient(const LayerNormBackward& a, const Coefficients& c, int64_t at, int64_t i, const uint8_t* mask, const A* kept,
-           auto count, auto again)
-    requires(is_costly(slope))
-      : dz(load(kept + i, count)), normalized(normalize(c, load(static_cast<const T*>(a.x) + at, count), i)) {}
-  Gradient(const LayerNormBackward& a, const Coefficients& c, int64_t at, int64_t i, const uint8_t* mask, const A*,
-           auto count, auto again)
-      : Gradient(a, c, at, i, mask, count, again) {}
 };
+
+// The slopes of len elements from `at` on.
+template <class T, class Coefficients>
+[[gnu::noinline]] void keep_slopes(const Backward<T>& b, const Coefficients c, int64_t at, int64_t len,
+                                   Accumulate<T>* kept) {
+  const LayerNormBackward& a = b.a;
+  const T *const x = static_cast<const T*>(a.x) + at, *const residual = static_cast<const T*>(a.residual) + at;
+  const bool with_residual = a.residual != nullptr;
+  for_packs<T>(len, [&](int64_t i, auto count, auto again) {
+    auto z = fmadd(normalize(c, load(x + i, count), i), c.weight(i, count), c.bias(i, count));
+    if (with_residual) z = z + load(residual + i, count);
+    store(kept + place<T>(i, again), z, Full<Accumulate<T>>());
+  });
+  to_slopes(a.activation, a.negative_slope, kept, len);
+}
 
 // dx, and where kMore dresidual and what dsum adds, of len elements from `at` on; dy is fetched dy_ahead ahead.
 template <class T, Slope slope, bool kMore, class Coefficients>
@@ -125,11 +134,16 @@ template <class T, Slope slope, bool kMore, class Coefficients>
   });
 }
 
-template <class T, Slope slope, class Coefficients>
-[[gnu::always_inline]] inline void write_gradients(const Backward<T>& b, const Coefficients& c, int64_t at, int64_t len,
-                                                   const uint8_t* mask, const Accumulate<T>* kept, int64_t dy_ahead) {
-  b.a.dx && !b.a.dresidual && !b.a.dsum ? write_span<T, slope, false>(b, c, at, len, mask, kept, dy_ahead)
-                                        : write_span<T, slope, true>(b, c, at, len, mask, kept, dy_ahead);
+// The same for spans: each(write) calls write(coefficients, at, len, mask, kept, dy_ahead) for one after the other.
+template <class T, class F>
+[[gnu::always_inline]] inline void write_gradients(const Backward<T>& b, F each) {
+  const bool more = !b.a.dx || b.a.dresidual || b.a.dsum;
+  with_slope(b.slope, [&](auto slope) {
+    auto with = [&](auto more) {
+      each([&](const auto& c, auto... span) { write_span<T, slope, more>(b, c, span...); });
+    };
+    more ? with(std::true_type()) : with(std::false_type());
+  });
 }
 
 // Adds what dweight and dbias have grown to in the accumulate type.

@@ -105,35 +105,68 @@ void merge_chunk_moments(const Rows<T>& rows, int64_t first, int64_t last, F sum
   }
 }
 
+// y of a chunk.
+template <class T, class Args>
+[[gnu::noinline]] void normalize_chunk(const Args& a, const Rows<T>& rows, const PerColumn<Accumulate<T>> coefficients,
+                                       int64_t chunk, int64_t x_ahead, bool streaming) {
+  normalize<T>(a, {x_ahead, kRowsAhead, kRowsAhead}, streaming, [&](auto write) {
+    for (int64_t at = chunk * rows.chunk; at < rows.chunk_end(chunk); at += rows.columns)
+      write(coefficients, at, std::min(rows.columns, rows.total - at), a.mask ? a.mask + at / 8 : nullptr);
+  });
+}
+
+// dx and dresidual of a chunk.
+template <class T, class Args, class F>
+[[gnu::noinline]] void backward_chunk(const Args& a, const Rows<T>& rows, const PerColumn<Accumulate<T>> coefficients,
+                                      int64_t chunk, int64_t read_ahead, bool streaming, F dx_of) {
+  backward_spans<T>(a, kRowsAhead, streaming, dx_of, [&](auto write) {
+    for (int64_t at = chunk * rows.chunk; at < rows.chunk_end(chunk); at += rows.columns)
+      write(coefficients, at, std::min(rows.columns, rows.total - at), a.mask ? a.mask + at / 8 : nullptr, nullptr,
+            read_ahead);
+  });
+}
+
 // The sums of dz and dz * (x - mean) of every channel over one chunk; then(gradient, at, i, count) for every pack.
 template <class T, Slope slope, class Args, class F>
-void chunk_sums(const Args& a, const Rows<T>& rows, const PerColumn<Accumulate<T>>& coefficients, int64_t begin,
-                int64_t end, double* sum_dz, double* sum_dz_centered, Accumulate<T>* s, Accumulate<T>* q, F then) {
+[[gnu::noinline]] void chunk_sums(const Args& a, const Rows<T>& rows, const PerColumn<Accumulate<T>> coefficients,
+                                  int64_t begin, int64_t end, double* sum_dz, double* sum_dz_centered, Accumulate<T>* s,
+                                  Accumulate<T>* q, F then) {
   using A = Accumulate<T>;
   using G = Gradient<T, slope, PerColumn<A>>;
+  constexpr int kUnroll = 2;
   const int64_t columns = rows.columns, c = rows.c;
+  alignas(64) A kept[kUnroll][slope == Slope::kKept ? kStrip : 1];
   std::fill(sum_dz, sum_dz + c, 0.0), std::fill(sum_dz_centered, sum_dz_centered + c, 0.0);
   for (int64_t block = begin; block < end; block += kBlockRows * columns) {
     const int64_t block_end = std::min(end, block + kBlockRows * columns);
     std::fill(s, s + columns, A(0)), std::fill(q, q + columns, A(0));
-    auto add_rows = [&](int64_t row, int64_t len, auto unroll) {
+    // `unroll` rows from element `at` on, of which `first` is the column.
+    auto add = [&](int64_t at, int64_t first, int64_t len, auto unroll) {
+      const PerColumn<A> c = coefficients.from(first);
+      if constexpr (slope == Slope::kKept)
+        for (int u = 0; u < unroll; u++) keep_slopes<T>(a, c, at + u * columns, len, kept[u]);
       const auto lanes = new_lanes<T>(len);
       for_packs<T>(len, [&](int64_t i, auto count, auto again) {
-        auto sum = load(s + i, Full<A>()), product = load(q + i, Full<A>());
+        auto sum = load(s + first + i, Full<A>()), product = load(q + first + i, Full<A>());
         for (int u = 0; u < unroll; u++) {
-          const int64_t at = row + u * columns + i;
-          prefetch(static_cast<const T*>(a.x) + at + 2 * kRowsAhead);
-          prefetch(static_cast<const T*>(a.dy) + at + 2 * kRowsAhead);
-          const G g(a, coefficients, at, i, a.mask + (a.mask ? (row + u * columns) / 8 : 0), count, again);
+          const int64_t row = at + u * columns;
+          prefetch(static_cast<const T*>(a.x) + row + i + 2 * kRowsAhead);
+          prefetch(static_cast<const T*>(a.dy) + row + i + 2 * kRowsAhead);
+          const G g(a, c, row + i, i, a.mask + (a.mask ? row / 8 : 0), kept[u], count, again);
           const auto dz = keep(lanes, g.dz, count, again);
           sum = sum + dz, product = fmadd(dz, g.centered, product);
-          then(g, at, i, count);
+          then(g, row + i, first + i, count);
         }
-        store(s + i, sum, Full<A>()), store(q + i, product, Full<A>());
+        store(s + first + i, sum, Full<A>()), store(q + first + i, product, Full<A>());
       });
     };
+    auto add_rows = [&](int64_t row, int64_t len, auto unroll) {
+      const int64_t step = slope == Slope::kKept ? kStrip : len;
+      for (int64_t first = 0; first < len; first += step) add(row + first, first, std::min(step, len - first), unroll);
+    };
     int64_t row = block;
-    for (; row + 2 * columns <= block_end; row += 2 * columns) add_rows(row, columns, std::integral_constant<int, 2>());
+    for (; row + kUnroll * columns <= block_end; row += kUnroll * columns)
+      add_rows(row, columns, std::integral_constant<int, kUnroll>());
     for (; row < block_end; row += columns)
       add_rows(row, std::min(columns, block_end - row), std::integral_constant<int, 1>());
     for (int64_t i = 0; i < c; i++)
