@@ -171,6 +171,15 @@ def assert_same(a, b, **tolerance):
     torch.testing.assert_close(a, b, **({"rtol": 1e-4, "atol": 1e-5} | tolerance))
 
 
+_left_groups = []
+
+
+def leave_process_group():
+    """Its destructor waits for gloo's threads with the interpreter lock held, which they may want: so it stays."""
+    _left_groups.append(torch.distributed.group.WORLD)
+    torch.distributed.destroy_process_group()
+
+
 def losses_in_a_process_group(folder, build, change):
     """Of a model in DistributedDataParallel: unchanged, changed before it is wrapped, and changed inside of it."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
@@ -187,4 +196,4 @@ def losses_in_a_process_group(folder, build, change):
             losses.append(train(wrapped))
         return losses
     finally:
-        torch.distributed.destroy_process_group()
+        leave_process_group()

@@ -11,6 +11,7 @@ import re
 import pytest
 import torch
 from conftest import to_layout
+from nets import leave_process_group
 from torch import nn
 
 import fastnorm
@@ -175,7 +176,7 @@ def test_data_parallel_training(tmp_path):
         torch.testing.assert_close(state(norms[0]), state(norms[1]))
         torch.testing.assert_close([p.grad for p in norms[0].parameters()], [p.grad for p in norms[1].parameters()])
     finally:
-        torch.distributed.destroy_process_group()
+        leave_process_group()
 
 
 # ---- Errors: the class that torch raises, and a message that names what is wrong -------------------------------------
