@@ -47,7 +47,7 @@ SHAPES = {
 QUICK = (((32, 64, 64, 56), (3, 1, 1, 1)),)
 
 
-def algorithms(shape: tuple, window: tuple, layout: str) -> Iterator[str]:
+def algorithms(shape: tuple, window: tuple) -> Iterator[str]:
     """Those that are worth a look for a shape."""
     yield "auto"
     (_, ci, co, _), (kernel, stride, _, groups) = shape, window
@@ -123,7 +123,7 @@ def cases(device: str, dtype: str, layout: str, against: list[str], quick: bool 
     """Every case of a device, dtype and layout ("nchw" or "nhwc"); quick: what the demo shows."""
     for shape, window in QUICK if quick else SHAPES:
         bench = Bench(shape, window, device, dtype, layout, against)
-        for algorithm in ("auto",) if quick or dtype != "float32" else algorithms(shape, window, layout):
+        for algorithm in ("auto",) if quick or dtype != "float32" else algorithms(shape, window):
             yield from bench.cases(algorithm)
     if layout == "nchw" and not quick:  # what a call costs beside the work
         bench = Bench((1, 2, 2, 4), (1, 1, 0, 1), device, dtype, layout, [a for a in against if a == "eager"])

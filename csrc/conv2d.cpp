@@ -2,6 +2,17 @@
 #include "conv2d.h"
 
 #include <ATen/Context.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/elu.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/hardswish.h>
+#include <ATen/ops/leaky_relu.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/relu6.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/tanh.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -10,6 +21,39 @@
 #include "conv2d_host.h"
 
 namespace fastnorm {
+
+// ---- Torch's own ----------------------------------------------------------------------------------------------------
+
+Tensor torch_convolution(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const ConvWindow& w) {
+  return at::convolution(x, weight, bias, w.stride, w.padding, w.dilation, false, {0, 0}, w.groups);
+}
+
+std::tuple<Tensor, Tensor, Tensor> torch_convolution_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                                              const ConvWindow& w, std::array<bool, 3> mask) {
+  const std::array<c10::SymInt, 2> stride{w.stride[0], w.stride[1]}, padding{w.padding[0], w.padding[1]},
+      dilation{w.dilation[0], w.dilation[1]}, none{0, 0};
+  const std::array<c10::SymInt, 1> bias{weight.sym_size(0)};
+  return at::convolution_backward_symint(dy, x, weight, at::OptionalSymIntArrayRef(bias), stride, padding, dilation,
+                                         false, none, w.groups, mask);
+}
+
+Tensor torch_activate(Activation activation, const Tensor& z, double negative_slope) {
+  switch (activation) {
+    case Activation::kNone: return z;
+    case Activation::kRelu: return at::relu(z);
+    case Activation::kRelu6: return at::relu6(z);
+    case Activation::kLeakyRelu: return at::leaky_relu(z, negative_slope);
+    case Activation::kElu: return at::elu(z);
+    case Activation::kSigmoid: return at::sigmoid(z);
+    case Activation::kTanh: return at::tanh(z);
+    case Activation::kSilu: return at::silu(z);
+    case Activation::kGelu: return at::gelu(z);
+    case Activation::kGeluTanh: return at::gelu(z, "tanh");
+    case Activation::kHardswish: return at::hardswish(z);
+  }
+  return z;
+}
+
 namespace {
 
 constexpr const char* kOp = "conv2d";

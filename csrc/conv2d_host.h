@@ -1,18 +1,7 @@
-// What the host files of convolution share: torch's checks, and the activation in torch's operators.
+// What the host files of convolution share: its window with torch's checks, and torch's own convolution.
 #pragma once
-#include <ATen/ops/convolution.h>
-#include <ATen/ops/convolution_backward.h>
-#include <ATen/ops/elu.h>
-#include <ATen/ops/gelu.h>
-#include <ATen/ops/hardswish.h>
-#include <ATen/ops/leaky_relu.h>
-#include <ATen/ops/relu.h>
-#include <ATen/ops/relu6.h>
-#include <ATen/ops/sigmoid.h>
-#include <ATen/ops/silu.h>
-#include <ATen/ops/tanh.h>
-
 #include <array>
+#include <tuple>
 
 #include "conv2d.h"
 #include "norm_host.h"
@@ -52,37 +41,10 @@ struct ConvWindow {
   }
 };
 
-inline Tensor torch_convolution(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                const ConvWindow& w) {
-  return at::convolution(x, weight, bias, w.stride, w.padding, w.dilation, false, {0, 0}, w.groups);
-}
-
-inline std::tuple<Tensor, Tensor, Tensor> torch_convolution_backward(const Tensor& dy, const Tensor& x,
-                                                                     const Tensor& weight, const ConvWindow& w,
-                                                                     std::array<bool, 3> mask) {
-  const std::array<c10::SymInt, 2> stride{w.stride[0], w.stride[1]}, padding{w.padding[0], w.padding[1]},
-      dilation{w.dilation[0], w.dilation[1]}, none{0, 0};
-  const std::array<c10::SymInt, 1> bias{weight.sym_size(0)};
-  return at::convolution_backward_symint(dy, x, weight, at::OptionalSymIntArrayRef(bias), stride, padding, dilation,
-                                         false, none, w.groups, mask);
-}
-
-// activation(z), differentiable.
-inline Tensor torch_activate(Activation activation, const Tensor& z, double negative_slope) {
-  switch (activation) {
-    case Activation::kNone: return z;
-    case Activation::kRelu: return at::relu(z);
-    case Activation::kRelu6: return at::relu6(z);
-    case Activation::kLeakyRelu: return at::leaky_relu(z, negative_slope);
-    case Activation::kElu: return at::elu(z);
-    case Activation::kSigmoid: return at::sigmoid(z);
-    case Activation::kTanh: return at::tanh(z);
-    case Activation::kSilu: return at::silu(z);
-    case Activation::kGelu: return at::gelu(z);
-    case Activation::kGeluTanh: return at::gelu(z, "tanh");
-    case Activation::kHardswish: return at::hardswish(z);
-  }
-  return z;
-}
+// torch's own operators, differentiable: what they are is for conv2d.cpp to know.
+Tensor torch_convolution(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const ConvWindow& w);
+std::tuple<Tensor, Tensor, Tensor> torch_convolution_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                                              const ConvWindow& w, std::array<bool, 3> mask);
+Tensor torch_activate(Activation activation, const Tensor& z, double negative_slope);
 
 }  // namespace fastnorm

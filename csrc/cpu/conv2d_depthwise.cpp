@@ -10,13 +10,6 @@
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
-// Whether results go past the caches, in runs of so many.
-template <class T>
-bool streams_runs(const ConvWork<T>& work, int64_t run) {
-  const int64_t in_bytes = work.n * work.in_layout.channels * work.in_layout.pixels * int64_t(sizeof(T));
-  return streams(work.p.out, run * sizeof(T), in_bytes + work.out_bytes());
-}
-
 // ---- Planes ---------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kPixels = 4096;  // of a block: with what they see, they stay in the caches nearby
@@ -42,7 +35,7 @@ struct DepthwisePlanes : ConvWork<T> {
         taps(p.shape.taps()),
         planes(p.shape, p.backward, kTileVectors * kLane),
         blocks(n, y.out, x.out, std::min(kPixels, out_layout.pixels)),
-        streaming(streams_runs(*this, blocks.rows * x.out) && out_layout.pixels * sizeof(T) % 64 == 0),
+        streaming(this->streams_runs(blocks.rows * x.out) && out_layout.pixels * sizeof(T) % 64 == 0),
         memory(*this) {}
 
   void layout_shared(ConvScratch& s) {
@@ -147,7 +140,7 @@ struct DepthwisePixels : ConvWork<T> {
       : Work(problem),
         channels(Work::groups),
         taps(p.shape.taps()),
-        streaming(streams_runs(*this, channels)),
+        streaming(this->streams_runs(channels)),
         memory(*this) {}
 
   void layout_shared(ConvScratch& s) {
@@ -240,8 +233,7 @@ struct DepthwisePixels : ConvWork<T> {
   void prefetch_next(int64_t n, int64_t row, int64_t column, int64_t pixels) const {
     const int64_t end = std::min<int64_t>(y.end(row + 2), y.in);
     const int64_t begin = std::clamp<int64_t>(column, 0, x.in), count = std::min(pixels, x.in - begin) * channels;
-    for (int64_t at = std::max<int64_t>(0, y.end(row + 1)); at < end; at++)
-      ConvPlanes::prefetch_row(pixel(n, at, begin), count);
+    for (int64_t at = std::max<int64_t>(0, y.end(row + 1)); at < end; at++) prefetch_run(pixel(n, at, begin), count);
   }
 
   void run_row(const Own& own, int64_t n, int64_t row) const {

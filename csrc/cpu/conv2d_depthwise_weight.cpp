@@ -18,18 +18,18 @@ constexpr int kTileTaps = 6;
 #endif
 
 template <class T>
-struct DepthwiseWeight {
-  using A = Accumulate<T>;
+struct DepthwiseWeight : ConvWeightWork<T> {
+  using Work = ConvWeightWork<T>;
+  using typename Work::A;
+  using Work::p, Work::s, Work::y, Work::x;
 
-  const Conv2dBackwardWeight p;
-  const ConvShape& s = p.shape;
   const int64_t channels, taps, rows;
   const ConvParts split;
   A *sums, *bias_sums;  // [part][tap][channel], [part][channel]
   const ConvMemory memory;
 
   explicit DepthwiseWeight(const Conv2dBackwardWeight& a)
-      : p(a),
+      : Work(a),
         channels(s.groups),
         taps(s.taps()),
         rows(s.n * s.y.out),
@@ -106,10 +106,9 @@ struct DepthwiseWeight {
   void prefetch_next(int64_t row, const T* dy, int64_t c, int64_t width) const {
     auto share = [&](const T* first, int64_t pixels) {
       const int64_t count = pixels * channels, from = count * c / width / 64 * 64;
-      ConvPlanes::prefetch_row(first + from, std::min(count - from, count * kLanes<T> / width + 64));
+      prefetch_run(first + from, std::min(count - from, count * kLanes<T> / width + 64));
     };
     share(dy + s.x.out * channels, s.x.out);
-    const ConvReach y(s.y, false);
     const int64_t n = row / s.y.out, at = row % s.y.out, end = std::min<int64_t>(y.end(at + 2), s.y.in);
     for (int64_t i = std::max<int64_t>(0, y.end(at + 1)); i < end; i++)
       share(static_cast<const T*>(p.x) + (n * s.y.in + i) * s.x.in * channels, s.x.in);

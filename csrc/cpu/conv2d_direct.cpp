@@ -36,8 +36,7 @@ struct Direct : ConvWork<T> {
         planes(p.shape, p.backward, kColumns),
         blocks(n, y.out, x.out, std::min(kPixels, out_layout.pixels)),
         plane(planes.plane(blocks.rows)),
-        streaming(!p.shape.channels_last && x.out % kColumns == 0 &&
-                  streams(p.out, x.out * sizeof(T), this->out_bytes())),
+        streaming(!p.shape.channels_last && x.out % kColumns == 0 && this->streams_runs(x.out)),
         memory(*this) {}
 
   void layout_shared(ConvScratch& s) {

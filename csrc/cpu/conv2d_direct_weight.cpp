@@ -23,16 +23,14 @@ constexpr int kTileSums = 12, kTileChannels = 3;
 constexpr int tile_terms(int channels) { return std::min(kTileSums / channels, 9); }
 
 template <class T>
-struct DirectWeight {
-  using A = Accumulate<T>;
-  using V = at::vec::Vectorized<A>;
+struct DirectWeight : ConvWeightWork<T> {
+  using Work = ConvWeightWork<T>;
+  using typename Work::A, typename Work::V;
+  using Work::p, Work::s, Work::x_layout, Work::dy_layout;
   static constexpr int64_t kLane = V::size();
 
-  const Conv2dBackwardWeight p;
-  const ConvShape& s = p.shape;
   const ConvPlanes planes;
   const ConvBlocks blocks;
-  const ImageLayout x_layout, dy_layout;
   const int64_t bundle, bundles;  // groups that are read together: in channels_last their numbers share cache lines
   const int64_t depth;            // weights of a channel of dy
   const int64_t line;             // of dy's copy: a row
@@ -43,11 +41,9 @@ struct DirectWeight {
   const ConvMemory memory;
 
   explicit DirectWeight(const Conv2dBackwardWeight& a)
-      : p(a),
+      : Work(a),
         planes(s, false, kLane),
         blocks(s.n, s.y.out, s.x.out, kPixels),
-        x_layout{s.groups * s.ci, int64_t(s.y.in) * s.x.in, s.channels_last},
-        dy_layout{s.groups * s.co, int64_t(s.y.out) * s.x.out, s.channels_last},
         bundle(s.channels_last ? std::clamp<int64_t>(16 / std::min(s.ci, s.co), 1, s.groups) : 1),
         bundles((s.groups + bundle - 1) / bundle),
         depth(s.ci * s.taps()),
@@ -70,10 +66,9 @@ struct DirectWeight {
     A *x, *dy;  // planes of a bundle
 
     Own(const DirectWeight& q, ConvScratch& scratch) {
-      x = scratch.take<A>(q.bundle * s_ci(q) * q.x_plane);
+      x = scratch.take<A>(q.bundle * q.s.ci * q.x_plane);
       dy = scratch.take<A>(q.bundle * q.split.widest() * q.dy_plane);
     }
-    static int64_t s_ci(const DirectWeight& q) { return q.s.ci; }
   };
   size_t bytes() const { return memory.bytes(p.threads); }
 
@@ -86,7 +81,7 @@ struct DirectWeight {
       else
         for (int64_t c = 0; c < count; c++) {
           const T* const from = sample + (c0 + c) * dy_layout.pixels + pixel;
-          ConvPlanes::prefetch_row(from + count * dy_layout.pixels, s.x.out);
+          prefetch_run(from + count * dy_layout.pixels, s.x.out);
           ConvPlanes::copy(from, 1, to + c * dy_plane, 1, s.x.out);
         }
     }
@@ -148,9 +143,9 @@ struct DirectWeight {
       const int64_t rows = block.row_end - block.row;
       for (int64_t n = block.sample; n < block.sample_end; n++) {
         const int64_t i = n - block.sample;
-        planes.read(static_cast<const T*>(p.x) + n * x_layout.channels * x_layout.pixels, x_layout, first * s.ci,
-                    (last - first) * s.ci, block.row, block.row_end, own.x + i * plane, x_plane);
-        const T* const dy = static_cast<const T*>(p.dy) + n * dy_layout.channels * dy_layout.pixels;
+        planes.read(this->x_of(n), x_layout, first * s.ci, (last - first) * s.ci, block.row, block.row_end,
+                    own.x + i * plane, x_plane);
+        const T* const dy = this->dy_of(n);
         A* const to = own.dy + i * rows * line;
         if (split.slices == 1) {
           read_dy(dy, first * s.co, (last - first) * s.co, block.row, block.row_end, to);

@@ -67,12 +67,16 @@ struct Tile {
   }
 };
 
-// f(the number of rows as a constant) for 1 <= rows <= kTileRows.
+// f(the number as a constant) for 1 <= n <= kMost.
+template <int kMost, class F>
+[[gnu::always_inline]] inline void with_count(int64_t n, F f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) {
+    ((n == I + 1 ? f(std::integral_constant<int, I + 1>()) : void()), ...);
+  }(std::make_integer_sequence<int, kMost>());
+}
 template <class F>
 [[gnu::always_inline]] inline void with_rows(int64_t rows, F f) {
-  [&]<int... R>(std::integer_sequence<int, R...>) {
-    ((rows == R + 1 ? f(std::integral_constant<int, R + 1>()) : void()), ...);
-  }(std::make_integer_sequence<int, kTileRows>());
+  with_count<kTileRows>(rows, f);
 }
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

@@ -133,8 +133,7 @@ struct ConvView {
   void prefetch_row(int64_t n, int64_t row, int64_t column, int64_t pixels) const {
     if (layout.channels_last || row >= y.in) return;
     const T* from = image + (n * layout.channels + c0) * layout.pixels + row * x.in + column;
-    for (int64_t i = 0; i < c; i++, from += layout.pixels)
-      for (int64_t j = 0; j < pixels; j += 64 / sizeof(T)) __builtin_prefetch(from + j, 0, 2);
+    for (int64_t i = 0; i < c; i++, from += layout.pixels) prefetch_run(from, pixels);
   }
   const A* pixel(int64_t sample, int64_t row, int64_t column) const {
     if (copied)

@@ -15,27 +15,21 @@ constexpr int64_t kPixels = 128;      // of a block
 constexpr int64_t kFewChannels = 64;  // so many side by side are no trouble for the L1 cache
 
 template <class T>
-struct WeightGradient {
-  using A = Accumulate<T>;
-  using V = at::vec::Vectorized<A>;
-  static constexpr int64_t kColumns = kPanel<A>;
+struct WeightGradient : ConvWeightWork<T> {
+  using Work = ConvWeightWork<T>;
+  using typename Work::A, typename Work::V;
+  using Work::kColumns, Work::p, Work::s, Work::y, Work::x, Work::x_layout, Work::dy_layout;
 
-  const Conv2dBackwardWeight p;
-  const ConvShape& s = p.shape;
-  const ConvReach y, x;
   const ConvBlocks blocks;
   const bool plain, copied, merged;
   const int64_t x_pitch;                   // of copied pixels
   const int64_t runs, run_length, panels;  // a run: the columns that follow each other in memory; panels of each
   const ConvParts split;
-  const ImageLayout x_layout, dy_layout;
   A *sums, *bias_sums, *zeros;
   const ConvMemory memory;
 
   explicit WeightGradient(const Conv2dBackwardWeight& a)
-      : p(a),
-        y(s.y, false),
-        x(s.x, false),
+      : Work(a),
         blocks(s.n, y.out, x.out, kPixels),
         plain(s.channels_last && std::is_same_v<T, A> && s.ci < kFewChannels && s.co < kFewChannels),
         // A panel reads whole vectors, so a pixel of the image itself must have as many channels.
@@ -46,8 +40,6 @@ struct WeightGradient {
         run_length(merged ? x.kernel * s.ci : s.ci),
         panels((run_length + kColumns - 1) / kColumns),
         split(sums_of_part() * int64_t(sizeof(A)), blocks.count, s.groups, s.co, p.threads),
-        x_layout{s.groups * s.ci, int64_t(y.in) * x.in, s.channels_last},
-        dy_layout{s.groups * s.co, int64_t(y.out) * x.out, s.channels_last},
         memory(*this) {}
 
   // A pitch of copied pixels for which a column of them does not fall into few sets of the L1 cache.
@@ -94,7 +86,7 @@ struct WeightGradient {
     const int64_t pixels = (block.sample_end - block.sample) * per_sample, channel = group * s.co + slice_begin;
     for (int64_t n = block.sample; n < block.sample_end; n++) {
       const int64_t first = (n - block.sample) * per_sample, at = block.row * x.out;
-      const T* const sample = static_cast<const T*>(p.dy) + n * dy_layout.channels * dy_layout.pixels;
+      const T* const sample = this->dy_of(n);
       if (!plain)
         read_pixels<T>(sample, dy_layout, channel, width, at, per_sample, own.dy + first * dy_pitch, dy_pitch);
       for (int64_t i = 0; i < per_sample; i++)

@@ -44,42 +44,38 @@ struct ConvPlanes {
   void read(const T* sample, const ImageLayout& in, int64_t c0, int64_t count, int64_t row, int64_t row_end, A* planes,
             int64_t plane) const {
     const int64_t begin = y.begin(row), end = y.end(row_end), width = (x.in - 1) / gap_x + 1;
-    for (int64_t at = begin; at < end; at++, planes += row_size) {
-      if (at < 0 || at >= y.in || at % gap_y != 0) {
-        for (int64_t c = 0; c < count; c++) std::fill_n(planes + c * plane, row_size, A(0));
-        continue;
-      }
-      const int64_t first_pixel = at / gap_y * width;
-      for (int64_t phase = 0; phase < step; phase++) {
-        // The line's numbers from low on, in steps of gap_x, are the row's pixels from `from` on, in steps of step.
-        const int64_t first = x.begin(0) + phase;
-        int64_t low = first >= 0 ? 0 : (-first + step - 1) / step;
-        while ((first + low * step) % gap_x != 0) low++;
-        const int64_t from = (first + low * step) / gap_x;
-        const int64_t pixels = std::min((width - from + step - 1) / step, (line - low + gap_x - 1) / gap_x);
-        if (pixels <= 0) continue;
-        A* const to = planes + phase * line + low;
-        if (!in.channels_last) {
-          const T* const pixel = sample + c0 * in.pixels + first_pixel + from;
-          for (int64_t c = 0; c < count; c++) {
-            // The next channels' rows come next: too short for the processor to see that by itself.
-            if (phase == 0) prefetch_row(pixel + (c + count) * in.pixels, width);
-            copy(pixel + c * in.pixels, step, to + c * plane, gap_x, pixels);
-          }
-        } else {
-          const T* const pixel = sample + (first_pixel + from) * in.channels + c0;
-          if (gap_x == 1)
-            image::transpose(pixel, step * in.channels, to, plane, pixels, count);
-          else
-            for (int64_t c = 0; c < count; c++) copy(pixel + c, step * in.channels, to + c * plane, gap_x, pixels);
-        }
-      }
+    for (int64_t phase = 0; phase < step; phase++) {
+      // The line's numbers from low on, in steps of gap_x, are the row's pixels from `from` on, in steps of step.
+      const int64_t first = x.begin(0) + phase;
+      int64_t low = first >= 0 ? 0 : (-first + step - 1) / step;
+      while ((first + low * step) % gap_x != 0) low++;
+      const int64_t from = (first + low * step) / gap_x;
+      const int64_t pixels = std::min((width - from + step - 1) / step, (line - low + gap_x - 1) / gap_x);
+      A* to = planes + phase * line;
+      for (int64_t at = begin; at < end; at++, to += row_size)
+        if (at < 0 || at >= y.in || at % gap_y != 0)
+          for (int64_t c = 0; c < count; c++) std::fill_n(to + c * plane, line, A(0));
+        else if (pixels > 0)
+          read_line(sample, in, c0, count, at / gap_y * width, from, pixels, to + low, plane, phase == 0);
     }
   }
 
-  template <class T>
-  static void prefetch_row(const T* row, int64_t width) {
-    for (int64_t i = 0; i < width; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
+  // `pixels` of a row that begins with first_pixel, from its pixel `from` on.
+  template <class T, class A>
+  void read_line(const T* sample, const ImageLayout& in, int64_t c0, int64_t count, int64_t first_pixel, int64_t from,
+                 int64_t pixels, A* to, int64_t plane, bool fetches) const {
+    if (!in.channels_last) {
+      const T* const row = sample + c0 * in.pixels + first_pixel;
+      for (int64_t c = 0; c < count; c++) {
+        // The next channels' rows come next: too short for the processor to see that by itself.
+        if (fetches) prefetch_run(row + (c + count) * in.pixels, (x.in - 1) / gap_x + 1);
+        copy(row + from + c * in.pixels, step, to + c * plane, gap_x, pixels);
+      }
+      return;
+    }
+    const T* const pixel = sample + (first_pixel + from) * in.channels + c0;
+    if (gap_x == 1) return image::transpose(pixel, step * in.channels, to, plane, pixels, count);
+    for (int64_t c = 0; c < count; c++) copy(pixel + c, step * in.channels, to + c * plane, gap_x, pixels);
   }
 
   template <class T, class A>
@@ -97,13 +93,5 @@ struct ConvPlanes {
     }
   }
 };
-
-// f(the number as a constant) for 1 <= n <= kMost.
-template <int kMost, class F>
-[[gnu::always_inline]] inline void with_count(int64_t n, F f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) {
-    ((n == I + 1 ? f(std::integral_constant<int, I + 1>()) : void()), ...);
-  }(std::make_integer_sequence<int, kMost>());
-}
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

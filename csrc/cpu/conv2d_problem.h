@@ -54,10 +54,10 @@ struct ConvWork {
         out_layout{groups * results, int64_t(y.out) * x.out, p.shape.channels_last} {}
 
   int64_t out_bytes() const { return n * out_layout.channels * out_layout.pixels * int64_t(sizeof(T)); }
-  // Whether panels of results go past the caches.
-  bool streaming() const {
-    return plain && results % kColumns == 0 && streams(p.out, kColumns * sizeof(A), out_bytes());
-  }
+  // Whether results go past the caches, in runs of so many.
+  bool streams_runs(int64_t run) const { return streams(p.out, run * sizeof(T), out_bytes()); }
+  // ... in panels.
+  bool streaming() const { return plain && results % kColumns == 0 && streams_runs(kColumns); }
   // In how many parts the panels are work items of their own, where there are too few others.
   int64_t split_panels(int64_t items) const {
     const int64_t wanted = 4 * p.threads;
@@ -75,6 +75,30 @@ struct ConvWork {
     for (int64_t i = 0; i < count; i += V::size())
       activate(p.activation, V::loadu(values + i), V(A(p.slope))).store(values + i);
   }
+};
+
+// The sizes of a gradient to the weight, whose kernels derive from this.
+template <class T>
+struct ConvWeightWork {
+  using A = Accumulate<T>;
+  using V = at::vec::Vectorized<A>;
+  static constexpr int64_t kColumns = kPanel<A>;
+
+  const Conv2dBackwardWeight p;
+  const ConvShape& s = p.shape;
+  const ConvReach y, x;
+  const ImageLayout x_layout, dy_layout;
+
+  explicit ConvWeightWork(const Conv2dBackwardWeight& a)
+      : p(a),
+        y(s.y, false),
+        x(s.x, false),
+        x_layout{s.groups * s.ci, int64_t(y.in) * x.in, s.channels_last},
+        dy_layout{s.groups * s.co, int64_t(y.out) * x.out, s.channels_last} {}
+
+  // A sample of x and of dy.
+  const T* x_of(int64_t n) const { return static_cast<const T*>(p.x) + n * x_layout.channels * x_layout.pixels; }
+  const T* dy_of(int64_t n) const { return static_cast<const T*>(p.dy) + n * dy_layout.channels * dy_layout.pixels; }
 };
 
 // How a gradient to the weight is summed up: blocks of the images go to parts, whose sums are added in order, so that

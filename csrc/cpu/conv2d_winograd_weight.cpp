@@ -14,33 +14,25 @@ namespace winograd {
 namespace {
 
 template <class T>
-struct WeightGradient {
-  using A = Accumulate<T>;
-  using V = at::vec::Vectorized<A>;
-  static constexpr int64_t kColumns = kPanel<A>;
+struct WeightGradient : ConvWeightWork<T> {
+  using Work = ConvWeightWork<T>;
+  using typename Work::A, typename Work::V;
+  using Work::kColumns, Work::p, Work::s, Work::y, Work::x, Work::x_layout, Work::dy_layout;
 
-  const Conv2dBackwardWeight p;
-  const ConvShape& s = p.shape;
-  const ConvReach y, x;
   const int64_t panels, pitch;  // of x's channels; of a tile's transformed pixels of x
   const bool plain;
   const Tiles tiles;
   const ConvParts split;
-  const ImageLayout x_layout, dy_layout;
   A *sums, *bias_sums, *zeros;
   const ConvMemory memory;
 
   explicit WeightGradient(const Conv2dBackwardWeight& a)
-      : p(a),
-        y(s.y, false),
-        x(s.x, false),
+      : Work(a),
         panels((s.ci + kColumns - 1) / kColumns),
         pitch(spread(panels * kColumns)),
         plain(s.channels_last && std::is_same_v<T, A>),
         tiles(s.n, y.out, x.out, std::clamp<int64_t>(s.ci * s.co / 192, 48, 192)),
         split(sums_of_part() * int64_t(sizeof(A)), tiles.blocks.count, s.groups, s.co, p.threads),
-        x_layout{s.groups * s.ci, int64_t(y.in) * x.in, s.channels_last},
-        dy_layout{s.groups * s.co, int64_t(y.out) * x.out, s.channels_last},
         memory(*this) {}
 
   int64_t row() const { return panels * kColumns; }  // of sums: one channel of dy at one point
