@@ -18,6 +18,7 @@
 #include <tuple>
 
 #include "conv2d_choice.h"
+#include "conv2d_filters.h"
 #include "conv2d_host.h"
 
 namespace fastnorm {
@@ -107,7 +108,14 @@ at::MemoryFormat format_of(const Tensor& x, const Tensor& weight) {
   return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
-ConvShape shape_of(const Tensor& x, const Tensor& weight, const ConvWindow& w, at::MemoryFormat format) {
+// That in which a weight is read and its gradient is made, as autograd would copy one in another.
+at::MemoryFormat weight_format(const Tensor& weight) {
+  return weight.suggest_memory_format() == at::MemoryFormat::ChannelsLast ? at::MemoryFormat::ChannelsLast
+                                                                          : at::MemoryFormat::Contiguous;
+}
+
+ConvShape shape_of(const Tensor& x, const Tensor& weight, const ConvWindow& w, at::MemoryFormat format,
+                   Device device) {
   auto axis = [&](int d) {
     const int64_t in = x.size(2 + d), kernel = weight.size(2 + d);
     return ConvAxis{int(in),           int(w.output(in, kernel, d).expect_int()),
@@ -121,7 +129,12 @@ ConvShape shape_of(const Tensor& x, const Tensor& weight, const ConvWindow& w, a
           axis(0),
           axis(1),
           format == at::MemoryFormat::ChannelsLast,
-          dtype_of(x, kOp, "input")};
+          dtype_of(x, kOp, "input"),
+          device == Device::kCpu && weight_format(weight) == at::MemoryFormat::ChannelsLast};
+}
+
+Tensor dense(const Tensor& weight, const ConvShape& s) {
+  return weight.contiguous(s.weight_channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
 }
 
 // Nothing to compute, or no terms to add up: torch's own operators know every such case.
@@ -199,6 +212,16 @@ FASTNORM_CONV2D_RUN(Conv2dBackwardWeight, backward_weight,
                     FASTNORM_CONV2D_CASE(kWinograd, winograd, backward_weight))
 // clang-format on
 
+// Of a weight that is worth keeping in the kernel's form.
+size_t packed_bytes(ConvAlgorithm algorithm, const Conv2dForward& a, Device device) {
+#ifndef FASTNORM_CUDA_EMULATION
+  if (device != Device::kCpu) return 0;
+  if (algorithm == ConvAlgorithm::kIm2col) return cpu::conv2d_im2col_packed(a);
+  if (algorithm == ConvAlgorithm::kWinograd) return cpu::conv2d_winograd_packed(a);
+#endif
+  return 0;
+}
+
 // ---- Operators ------------------------------------------------------------------------------------------------------
 
 Tensor conv2d_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, at::IntArrayRef stride,
@@ -217,20 +240,24 @@ Tensor conv2d_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
   };
   const auto forced = algorithm_of(algorithm);
   if (device == Device::kMeta) return empty();
-  const ConvShape shape = shape_of(x, weight, window, format);
+  const ConvShape shape = shape_of(x, weight, window, format, device);
   const ConvAlgorithm chosen = choose(forced, shape, ConvPass::kForward, device);
   if (chosen == ConvAlgorithm::kTorch) {
     Tensor z = torch_convolution(x, weight, bias, window);
     return (kind == Activation::kRelu ? at::relu_(z) : torch_activate(kind, z, negative_slope)).contiguous(format);
   }
   Tensor y = empty();
-  const Tensor dense_x = x.contiguous(format), dense_weight = weight.contiguous();
+  const Tensor dense_x = x.contiguous(format), dense_weight = dense(weight, shape);
   const OptionalTensor dense_bias = contiguous(bias);
   Conv2dForward a{};
   a.shape = shape, a.x = dense_x.const_data_ptr(), a.weight = dense_weight.const_data_ptr();
   a.bias = data_or_null(dense_bias), a.y = y.mutable_data_ptr();
   a.activation = kind, a.negative_slope = negative_slope;
+  const size_t packed = dense_weight.is_same(weight) ? packed_bytes(chosen, a, device) : 0;
+  PackedFilters filters(weight, chosen, shape.groups, packed);
+  a.packed = filters.memory(), a.is_packed = filters.ready();
   run(chosen, a, y, device);
+  filters.keep();
   return y;
 }
 
@@ -254,7 +281,8 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& dy, const Tenso
   const Device device = device_of(x, kOp);
   const auto plain = x.options().memory_format(at::MemoryFormat::Contiguous);
   auto empty_dx = [&] { return at::empty_symint(x.sym_sizes(), x.options().memory_format(format)); };
-  auto empty_dweight = [&] { return at::empty_symint(weight.sym_sizes(), plain); };
+  const auto dweight_format = weight_format(weight);
+  auto empty_dweight = [&](at::MemoryFormat f) { return at::empty_symint(weight.sym_sizes(), plain.memory_format(f)); };
   auto empty_dbias = [&] { return at::empty_symint({weight.sym_size(0)}, plain); };
   Tensor result[3];
   auto results = [&] {
@@ -265,11 +293,11 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& dy, const Tenso
   const auto [want_dx, want_dweight, want_dbias] = output_mask;
   if (device == Device::kMeta) {
     if (want_dx) result[0] = empty_dx();
-    if (want_dweight) result[1] = empty_dweight();
+    if (want_dweight) result[1] = empty_dweight(dweight_format);
     if (want_dbias) result[2] = empty_dbias();
     return results();
   }
-  const ConvShape shape = shape_of(x, weight, window, format);
+  const ConvShape shape = shape_of(x, weight, window, format, device);
   const auto for_dx = choose(forced, shape, ConvPass::kBackwardInput, device),
              for_dweight = choose(forced, shape, ConvPass::kBackwardWeight, device);
   // What torch computes, a bias alone among it, for which there is no need of a product.
@@ -279,27 +307,28 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& dy, const Tenso
   if (torch_mask != std::array<bool, 3>{}) {
     auto [dx, dweight, dbias] = torch_convolution_backward(dy, x, weight, window, torch_mask);
     if (torch_mask[0]) result[0] = dx.contiguous(format);
-    if (torch_mask[1]) result[1] = dweight.contiguous();
+    if (torch_mask[1]) result[1] = dweight.contiguous(dweight_format);
     if (torch_mask[2]) result[2] = dbias;
   }
   if (torch_mask == output_mask) return results();
   const Tensor dense_dy = dy.contiguous(format);
   if (want_dx && !torch_mask[0]) {
     result[0] = empty_dx();
-    const Tensor dense_weight = weight.contiguous();
+    const Tensor dense_weight = dense(weight, shape);
     Conv2dBackwardInput a{};
     a.shape = shape, a.dy = dense_dy.const_data_ptr(), a.weight = dense_weight.const_data_ptr();
     a.dx = result[0].mutable_data_ptr();
     run(for_dx, a, dense_dy, device);
   }
   if (want_dweight && !torch_mask[1]) {
-    result[1] = empty_dweight();
+    result[1] = empty_dweight(shape.weight_channels_last ? dweight_format : at::MemoryFormat::Contiguous);
     if (want_dbias) result[2] = empty_dbias();
     const Tensor dense_x = x.contiguous(format);
     Conv2dBackwardWeight a{};
     a.shape = shape, a.x = dense_x.const_data_ptr(), a.dy = dense_dy.const_data_ptr();
     a.dweight = result[1].mutable_data_ptr(), a.dbias = data_if(want_dbias, result[2]);
     run(for_dweight, a, dense_dy, device);
+    result[1] = result[1].contiguous(dweight_format);
   }
   return results();
 }

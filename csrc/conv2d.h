@@ -50,18 +50,23 @@ struct ConvAxis {
 };
 
 // In memory x is [n][groups * ci][y.in][x.in] or, with channels_last, [n][y.in][x.in][groups * ci]; y likewise with co
-// and out.  weight is [groups * co][ci][y.kernel][x.kernel] in both layouts.  All of one dtype.
+// and out.  weight is [groups * co][ci][y.kernel][x.kernel], or with weight_channels_last [groups * co][y.kernel]
+// [x.kernel][ci], which CUDA kernels do not take; dweight likewise.  All of one dtype.
 struct ConvShape {
   int64_t n, groups, ci, co;  // channels of one group
   ConvAxis y, x;
   bool channels_last;
   DType dtype;
+  bool weight_channels_last;
 
   FASTNORM_HOST_DEVICE int taps() const { return y.kernel * x.kernel; }
   FASTNORM_HOST_DEVICE int64_t inputs() const { return n * groups * ci * y.in * x.in; }
   FASTNORM_HOST_DEVICE int64_t outputs() const { return n * groups * co * y.out * x.out; }
   FASTNORM_HOST_DEVICE int64_t weights() const { return groups * co * ci * taps(); }
   FASTNORM_HOST_DEVICE int64_t multiply_adds() const { return outputs() * ci * taps(); }
+  // From one number of a weight to that of the next input channel and tap.
+  int64_t weight_input() const { return weight_channels_last ? 1 : taps(); }
+  int64_t weight_tap() const { return weight_channels_last ? ci : 1; }
 };
 
 struct Conv2dForward {
@@ -70,7 +75,10 @@ struct Conv2dForward {
   void* y;
   Activation activation;
   double negative_slope;  // leaky_relu's
-  void* workspace;        // as many bytes as ..._workspace() says; uninitialised
+  // Where the weight is packed to, as many bytes as ..._packed() says, for other calls too; null: to the workspace.
+  void* packed;
+  bool is_packed;   // it is there already, and `weight` is not looked at
+  void* workspace;  // as many bytes as ..._workspace() says; uninitialised
   int threads;            // at most, for the CPU kernels
   bool tf32;              // whether float32 may be rounded to tf32 in products
 };
@@ -107,6 +115,8 @@ FASTNORM_CONV2D_CPU_KERNELS(im2col)
 FASTNORM_CONV2D_CPU_KERNELS(winograd)
 FASTNORM_CONV2D_CPU_KERNELS(direct)
 FASTNORM_CONV2D_CPU_KERNELS(depthwise)
+FASTNORM_CPU_KERNEL(size_t, conv2d_im2col_packed, Conv2dForward)
+FASTNORM_CPU_KERNEL(size_t, conv2d_winograd_packed, Conv2dForward)
 }  // namespace cpu
 
 #ifdef FASTNORM_CUDA

@@ -19,15 +19,17 @@ inline bool computes(ConvAlgorithm algorithm, const ConvShape& s, ConvPass pass)
   }
 }
 
-// What a choice looks at: channels of a group that are read and made, results, and tiles of 4x4 of them.
+// What a choice looks at: channels of a group that are read and made, results, and their pixels and
+// tiles of 4x4 pixels.
 struct ConvMeasure {
-  int64_t terms, made, results, tiles;
+  int64_t terms, made, results, pixels, tiles;
 
   ConvMeasure(const ConvShape& s, ConvPass pass) {
     const bool to_input = pass == ConvPass::kBackwardInput;
     terms = to_input ? s.co : s.ci, made = to_input ? s.ci : s.co;
     results = to_input ? s.inputs() : s.outputs();
     const int64_t height = to_input ? s.y.in : s.y.out, width = to_input ? s.x.in : s.x.out;
+    pixels = s.n * height * width;
     tiles = s.n * ((height + 3) / 4) * ((width + 3) / 4);
   }
 };
@@ -47,8 +49,9 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate)
   // Past the caches torch pays for page faults and for reading what it is going to overwrite.
   const bool large = m.results * 4 > (int64_t(16) << 20);
 
-  // A quarter of the multiplications, if the filters' transform pays and there are channels to fill the vectors.
-  if (takes(ConvAlgorithm::kWinograd, approximate && m.tiles >= 24 && s.ci >= 16 && s.co >= 16))
+  // A quarter of the multiplications, if the filters' transform pays, tiles are filled and channels fill the vectors.
+  if (takes(ConvAlgorithm::kWinograd,
+            approximate && m.tiles >= (to_weight ? 24 : 16) && m.pixels >= 8 * m.tiles && s.ci >= 16 && s.co >= 16))
     return ConvAlgorithm::kWinograd;
   // Groups of few channels leave the lanes of a matrix product empty; pixels fill them.
   if (s.groups > 1) {
@@ -75,16 +78,19 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate)
   if (takes(ConvAlgorithm::kDirect, !planes && m.terms <= 16 && m.made <= 6)) return ConvAlgorithm::kDirect;
   if (forward && planes && m.terms < 16) return ConvAlgorithm::kIm2col;
   // oneDNN converts planes to layouts of its own and back, and turns channels_last weights' gradients round.
+  const int64_t weights = s.ci * s.co;
+  const bool dense = s.taps() == 9 && !strides, few = m.pixels <= 256;
   if (planes && m.terms >= 64 && m.made >= 64 && s.taps() <= 9) {
-    const int64_t weights = s.ci * s.co;
-    const bool dense = s.taps() == 9 && !strides;
-    if (to_weight ? weights >= 256 * 256 || (strides && s.taps() == 1)
-                  : dense && weights < 512 * 512 && !(forward && s.x.out >= 20))
+    if (to_weight ? (weights >= 256 * 256 && !few) || (strides && s.taps() == 1)
+                  : dense && weights < 512 * 512 && !few && !(forward && s.x.out >= 20))
       return ConvAlgorithm::kTorch;
     return ConvAlgorithm::kIm2col;
   }
   if (to_weight && !planes && s.ci >= 16) return ConvAlgorithm::kIm2col;
-  if (forward && large && s.taps() == 1) return ConvAlgorithm::kIm2col;
+  if (to_weight) return ConvAlgorithm::kTorch;
+  if (s.taps() == 1 && (strides ? m.terms >= 64 && m.made >= 64 : forward && large)) return ConvAlgorithm::kIm2col;
+  // Many filters for few pixels: torch changes their layout in every call.
+  if (dense && weights >= 512 * 512) return ConvAlgorithm::kIm2col;
   return ConvAlgorithm::kTorch;
 }
 

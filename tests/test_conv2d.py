@@ -1,6 +1,7 @@
 """Convolution: forward and backward of every algorithm against float64, edges, errors, determinism."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -95,6 +96,68 @@ def test_layout_of_results(layout):
             assert a.is_contiguous(memory_format=torch.channels_last) == b.is_contiguous(
                 memory_format=torch.channels_last
             ), (algorithm, case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_gradient_has_the_weights_layout(backend, layout):
+    """So that autograd need not copy it; whoever computes it."""
+    for algorithm, case in KERNELS:
+        for device in (backend.device, "meta"):
+            if device == "cpu" or algorithm == "im2col":
+                x, weight = (to_layout(torch.randn(s), layout).to(device) for s in CASES[case][:2])
+                leaf, (stride, padding, dilation, groups) = weight.requires_grad_(), CASES[case][2:]
+                y = conv2d(x, leaf, None, stride, padding, dilation, groups, algorithm=algorithm)
+                (gradient,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+                assert gradient.is_contiguous(memory_format=torch.channels_last) == weight.is_contiguous(
+                    memory_format=torch.channels_last
+                ), (algorithm, case, device)
+
+
+def changes():
+    """Ways to write to a weight, of which a version counter sees the first alone."""
+    yield lambda w: w.mul_(-1)
+    yield lambda w: w.data.mul_(-1)
+    yield lambda w: w.detach().numpy().__imul__(2)
+    yield lambda w: w.data[3, 5, 1, 2].neg_()
+    yield lambda w: setattr(w, "data", w.data.roll(1, 0))
+
+
+@pytest.mark.parametrize("algorithm", ["im2col", "winograd"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kept_weights_follow_every_change(algorithm, layout):
+    """Packed weights are kept between calls: results never depend on it, however the weight was written to."""
+    x, first = (to_layout(torch.randn(s), layout) for s in ((2, 40, 9, 9), (36, 40, 3, 3)))
+    kept = first.clone()
+
+    def check():
+        expected = conv2d(x, kept.clone(), padding=1, algorithm=algorithm)  # a tensor that was never seen before
+        for _ in range(5):
+            assert torch.equal(conv2d(x, kept, padding=1, algorithm=algorithm), expected)
+        return expected
+
+    for change in changes():
+        before = check()
+        change(kept)
+        assert not torch.equal(check(), before)
+    # Another algorithm, grouping, and the same address with another weight.
+    other = "im2col" if algorithm == "winograd" else "winograd"
+    assert torch.equal(conv2d(x, kept, padding=1, algorithm=other), conv2d(x, kept.clone(), padding=1, algorithm=other))
+    wide = torch.cat([x, x], 1)
+    a, b = (conv2d(wide, w, padding=1, groups=2, algorithm=algorithm) for w in (kept, kept.clone()))
+    assert torch.equal(a, b)
+    for _ in range(8):
+        weight = to_layout(torch.randn(36, 40, 3, 3), layout)
+        results = [conv2d(x, weight, padding=1, algorithm=algorithm) for _ in range(4)]
+        assert all(torch.equal(r, conv2d(x, weight.clone(), padding=1, algorithm=algorithm)) for r in results)
+        del weight
+
+
+def test_kept_weights_from_several_threads():
+    x, weight = torch.randn(2, 40, 9, 9), torch.randn(36, 40, 3, 3)
+    expected = conv2d(x, weight.clone(), padding=1, algorithm="im2col")
+    with ThreadPoolExecutor(4) as pool:
+        for y in pool.map(lambda _: conv2d(x, weight, padding=1, algorithm="im2col"), range(64)):
+            assert torch.equal(y, expected)
 
 
 @pytest.mark.parametrize("algorithm", ["auto", *COMPUTES])

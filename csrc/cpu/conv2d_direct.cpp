@@ -69,7 +69,9 @@ struct Direct : ConvWork<T> {
         bias[tile * kTileRows + r] = this->bias_of(group, j);
         for (int64_t k = 0; k < depth; k++) {
           const int64_t c = k / taps, tap = k % taps, o = p.backward ? c : j, i = p.backward ? j : c;
-          weights[(tile * depth + k) * kTileRows + r] = inside ? A(w[((group * co + o) * ci + i) * taps + tap]) : A(0);
+          weights[(tile * depth + k) * kTileRows + r] =
+              inside ? A(w[(group * co + o) * ci * taps + i * p.shape.weight_input() + tap * p.shape.weight_tap()])
+                     : A(0);
         }
       }
   }

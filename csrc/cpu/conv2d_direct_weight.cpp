@@ -179,7 +179,9 @@ struct DirectWeight : ConvWeightWork<T> {
   }
   void finish(int64_t channel) const {
     T* const to = static_cast<T*>(p.dweight) + channel * depth;
-    for (int64_t k = 0; k < depth; k++) to[k] = T(total(sums + (channel * depth + k) * kLane, sums_of_part()));
+    for (int64_t k = 0; k < depth; k++)
+      to[k / s.taps() * s.weight_input() + k % s.taps() * s.weight_tap()] =
+          T(total(sums + (channel * depth + k) * kLane, sums_of_part()));
     if (p.dbias) static_cast<T*>(p.dbias)[channel] = T(total(bias_sums + channel * kLane, channels() * kLane));
   }
 

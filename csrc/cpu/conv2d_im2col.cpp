@@ -43,7 +43,7 @@ struct Product : ConvWork<T> {
         memory(*this) {}
 
   void layout_shared(ConvScratch& s) {
-    weights = s.take<A>(groups * panels * runs * run_length * kColumns);
+    weights = p.packed ? static_cast<A*>(p.packed) : s.take<A>(weights_size());
     bias = s.take<A>(groups * panels * kColumns);
     zeros = s.take<A>(terms + kColumns);
   }
@@ -76,26 +76,24 @@ struct Product : ConvWork<T> {
   };
 
   size_t bytes() const { return memory.bytes(p.threads); }
+  int64_t weights_size() const { return groups * panels * runs * run_length * kColumns; }
+  size_t packed_bytes() const { return weights_size() * sizeof(A); }
 
   // ---- Packing ------------------------------------------------------------------------------------------------------
 
   // The panel's weights as [run][term][column].
   void pack_panel(int64_t item) const {
-    const int64_t group = item / panels, first = item % panels * kColumns, ci = p.shape.ci, taps = p.shape.taps();
-    const int64_t width = std::min(kColumns, results - first), window = x.kernel;
-    const T* const w = static_cast<const T*>(p.weight) + group * p.shape.co * ci * taps;
+    const int64_t group = item / panels, first = item % panels * kColumns, window = x.kernel;
     A* const to = weights + item * runs * run_length * kColumns;
-    const int64_t term_step = p.backward ? ci * taps : taps, column_step = p.backward ? taps : ci * taps;
-    for (int64_t k = 0; k < terms; k++)
-      for (int64_t tap = 0; tap < taps; tap++) {
-        const int64_t ky = tap / window, kx = tap % window;
-        // In a merged run the taps are in the order of the positions that they see.
-        const int64_t at = merged ? ky * run_length + (p.backward ? window - 1 - kx : kx) * terms : tap * run_length;
-        const T* const from = w + tap + k * term_step + first * column_step;
-        A* const row = to + (at + k) * kColumns;
-        for (int64_t j = 0; j < width; j++) row[j] = A(from[j * column_step]);
-        for (int64_t j = width; j < kColumns; j++) row[j] = A(0);
-      }
+    if (!p.is_packed)
+      this->read_weights(group, first, 0, terms, [&](int64_t k, int64_t tap, int64_t count, const A(*rows)[kColumns]) {
+        for (int64_t end = tap + count; tap < end; tap++, rows++) {
+          const int64_t ky = tap / window, kx = tap % window;
+          // In a merged run the taps are in the order of the positions that they see.
+          const int64_t at = merged ? ky * run_length + (p.backward ? window - 1 - kx : kx) * terms : tap * run_length;
+          std::copy_n(*rows, kColumns, to + (at + k) * kColumns);
+        }
+      });
     for (int64_t j = 0; j < kColumns; j++) bias[item * kColumns + j] = this->bias_of(group, first + j);
   }
 
@@ -222,6 +220,7 @@ struct Product : ConvWork<T> {
 
 }  // namespace
 
+size_t conv2d_im2col_packed(const Conv2dForward& a) { return conv_packed<Product>(a); }
 size_t conv2d_im2col_forward_workspace(const Conv2dForward& a) { return conv_workspace<Product>(a); }
 void conv2d_im2col_forward(const Conv2dForward& a) { conv_run<Product>(a); }
 size_t conv2d_im2col_backward_input_workspace(const Conv2dBackwardInput& a) { return conv_workspace<Product>(a); }

@@ -155,7 +155,7 @@ struct WeightGradient : ConvWeightWork<T> {
         const int64_t begin = panel_begin(panel), end = std::min(begin + kColumns, run_length);
         for (int64_t j = begin; j < end; j++) {
           const int64_t tap = merged ? run * x.kernel + j / s.ci : run;
-          to[j % s.ci * s.taps() + tap] = T(from[j - begin]);
+          to[j % s.ci * s.weight_input() + tap * s.weight_tap()] = T(from[j - begin]);
         }
       }
     if (p.dbias) static_cast<T*>(p.dbias)[channel] = T(bias_sums[channel]);

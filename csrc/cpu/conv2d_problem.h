@@ -14,15 +14,18 @@ struct ConvProblem {
   void* out;
   Activation activation;
   double slope;
+  void* packed;
+  bool is_packed;
   void* workspace;
   int threads;
 };
 
 inline ConvProblem problem(const Conv2dForward& a) {
-  return {a.shape, false, a.x, a.weight, a.bias, a.y, a.activation, a.negative_slope, a.workspace, a.threads};
+  return {a.shape,          false,    a.x,         a.weight,    a.bias,   a.y, a.activation,
+          a.negative_slope, a.packed, a.is_packed, a.workspace, a.threads};
 }
 inline ConvProblem problem(const Conv2dBackwardInput& a) {
-  return {a.shape, true, a.dy, a.weight, nullptr, a.dx, Activation::kNone, 0, a.workspace, a.threads};
+  return {a.shape, true, a.dy, a.weight, nullptr, a.dx, Activation::kNone, 0, nullptr, false, a.workspace, a.threads};
 }
 inline Conv2dBackwardWeight problem(const Conv2dBackwardWeight& a) { return a; }
 
@@ -66,6 +69,42 @@ struct ConvWork {
   // Of one of a group's results; 0 for those that fill up a panel.
   A bias_of(int64_t group, int64_t result) const {
     return p.bias && result < results ? A(static_cast<const T*>(p.bias)[group * results + result]) : A(0);
+  }
+  // put(k, tap, count, rows) for the terms k in [begin, end): rows[count][kColumns] are the weights of term k and of
+  // `count` taps, from `tap` on, to the results of a group from `first` on, with zeros for those that fill up a panel.
+  template <class Put>
+  void read_weights(int64_t group, int64_t first, int64_t begin, int64_t end, Put put) const {
+    constexpr int64_t kTerms = 8, kTaps = 16;  // of a block, which stays in the L1 cache
+    const ConvShape& s = p.shape;
+    const int64_t taps = s.taps(), width = std::min(kColumns, results - first), output = s.ci * taps;
+    const int64_t term_step = p.backward ? output : s.weight_input(), step = p.backward ? s.weight_input() : output;
+    const T* const w = static_cast<const T*>(p.weight) + group * s.co * output + first * step;
+    alignas(64) A rows[kTerms][kTaps][kColumns] = {};
+    for (int64_t tap = 0; tap < taps; tap += kTaps)
+      for (int64_t k = begin; k < end; k += kTerms) {
+        const int64_t count = std::min(kTaps, taps - tap), some = std::min(kTerms, end - k);
+        const T* const from = w + k * term_step + tap * s.weight_tap();
+        auto at = [&](int64_t i, int64_t t) { return from + i * term_step + t * s.weight_tap(); };
+        // Along what is one run in memory.
+        if (step == 1) {
+          for (int64_t i = 0; i < some; i++)
+            for (int64_t t = 0; t < count; t++) {
+              prefetch_run(at(i + kTerms, t), width);
+              std::copy_n(at(i, t), width, rows[i][t]);
+            }
+        } else if (term_step == 1) {
+          for (int64_t t = 0; t < count; t++) {
+            for (int64_t j = 0; j < width; j++) prefetch_run(at(kTerms, t) + j * step, 1);
+            image::transpose(at(0, t), step, rows[0][t], kTaps * kColumns, width, some);
+          }
+        } else {
+          for (int64_t i = 0; i < some; i++) {
+            for (int64_t j = 0; j < width; j++) prefetch_run(at(i + kTerms / 2, 0) + j * step, 1);
+            image::transpose(at(i, 0), step, rows[i][0], kColumns, width, count);
+          }
+        }
+        for (int64_t i = 0; i < some; i++) put(k + i, tap, count, rows[i]);
+      }
   }
   // Whether it is cheap enough to be applied in registers wherever results are.
   bool simple_activation() const { return p.activation == Activation::kNone || p.activation == Activation::kRelu; }
@@ -150,6 +189,12 @@ template <template <class> class Kernel, bool kFloat64 = true, class Args>
 inline size_t conv_workspace(const Args& a) {
   size_t bytes = 0;
   with_kernel<Kernel, kFloat64>(a, [&](auto& kernel) { bytes = kernel.bytes(); });
+  return bytes;
+}
+template <template <class> class Kernel, bool kFloat64 = true>
+inline size_t conv_packed(const Conv2dForward& a) {
+  size_t bytes = 0;
+  with_kernel<Kernel, kFloat64>(a, [&](auto& kernel) { bytes = kernel.packed_bytes(); });
   return bytes;
 }
 template <template <class> class Kernel, bool kFloat64 = true, class Args>

@@ -3,8 +3,9 @@
 //
 // For a block of tiles the transformed pixels are [point][tile][channel]; for some panels of result channels the 36
 // products with the transformed filters, [panel][point][channel][column], go to [panel][point][tile][column], and from
-// there through the last transform to the results.  Filters are transformed once per call, or where there would be more
-// of them than the cache holds, those of some panels at a time in each block, of which there are few then.
+// there through the last transform to the results.  Filters are transformed once, for this call or for others too, or
+// where there would be more of them than the cache holds and nobody keeps them, those of some panels at a time in each
+// block, of which there are few then.
 //
 // Floor: a quarter of im2col's multiply-adds; transforms add some 100 vector operations per tile and vector of channels
 // on either side.  Products run at 65 to 85 % of the multiply-adds' peak on Zen 3 (L2: 512 KB), out of the L3 cache.
@@ -20,6 +21,8 @@ constexpr int64_t kResults = 128;  // channels that are worked on together
 
 // Tiles of a block: each block reads all filters once more, and transforms them where they are too many for the cache.
 constexpr int64_t kManyFilters = int64_t(4) << 20, kMostFilters = int64_t(12) << 20;  // bytes
+// Of so few tiles, pixels come from the L3 cache for each panel sooner than filters do from there once more.
+constexpr int64_t kFewTiles = 96, kDepth = 128;  // kDepth: terms of a panel's filters in the L2 cache
 constexpr int64_t tiles_together(int64_t filter_bytes) {
   return filter_bytes > kMostFilters ? 192 : filter_bytes > kManyFilters ? 96 : 48;
 }
@@ -31,35 +34,39 @@ struct Product : ConvWork<T> {
   using Work::kColumns, Work::p, Work::y, Work::x, Work::n, Work::groups, Work::terms, Work::results, Work::panels,
       Work::plain, Work::in_layout, Work::out_layout;
 
-  const int64_t pitch;          // of a tile's transformed pixels
-  const int64_t panel_filters;  // numbers of a panel's transformed filters
-  const int64_t together;       // panels that are worked on together
-  const bool on_the_fly, streaming;
+  const int64_t pitch;  // of a tile's transformed pixels
   const Tiles tiles;
-  const int64_t split;  // parts of the panels that are work items of their own
+  const bool on_the_fly, streaming;
+  const int64_t together, depth;  // panels and terms that are worked on together
+  const int64_t panel_filters;    // numbers of a panel's transformed filters
+  const int64_t split;            // parts of the panels that are work items of their own
   A *filters, *bias, *zeros;
   const ConvMemory memory;
 
   explicit Product(const ConvProblem& problem)
       : Work(problem),
         pitch(spread(terms)),
-        panel_filters(kPoints * filters_point()),
-        together(std::min(panels, kResults / kColumns)),
-        on_the_fly(filter_bytes() > kMostFilters),
+        tiles(n, y.out, x.out, tiles_together(packed_bytes())),
+        on_the_fly(!p.packed && (tiles.blocks.count == 1 || packed_bytes() > kMostFilters)),
         streaming(Work::streaming()),
-        tiles(n, y.out, x.out, tiles_together(filter_bytes())),
+        together(on_the_fly && few_tiles() ? 1 : std::min(panels, kResults / kColumns)),
+        depth(on_the_fly && few_tiles() ? std::min(terms, kDepth) : terms),
+        panel_filters(kPoints * filters_point()),
         split(Work::split_panels(tiles.blocks.count * groups)),
         memory(*this) {}
 
   size_t bytes() const { return memory.bytes(p.threads); }
-  int64_t filter_bytes() const { return groups * panels * panel_filters * int64_t(sizeof(A)); }
+  int64_t packed_bytes() const {
+    return groups * panels * kPoints * spread_points(terms * kColumns) * int64_t(sizeof(A));
+  }
+  bool few_tiles() const { return tiles.most() <= kFewTiles; }
   // From one point to the next of a panel's filters, of a block's pixels and of a panel's products.
-  int64_t filters_point() const { return spread_points(terms * kColumns); }
+  int64_t filters_point() const { return spread_points(depth * kColumns); }
   int64_t pixels_point() const { return spread_points(tiles.most() * pitch); }
   int64_t products_point() const { return spread_points(tiles.most() * kColumns); }
 
   void layout_shared(ConvScratch& s) {
-    filters = s.take<A>(on_the_fly ? 0 : groups * panels * panel_filters);
+    filters = p.packed ? static_cast<A*>(p.packed) : s.take<A>(on_the_fly ? 0 : groups * panels * panel_filters);
     bias = s.take<A>(groups * panels * kColumns);
     zeros = s.take<A>(terms + kColumns);
   }
@@ -77,34 +84,29 @@ struct Product : ConvWork<T> {
     }
   };
 
-  void transform_filters(int64_t panel, A* to) const {
-    const int64_t group = panel / panels, first = panel % panels * kColumns, ci = p.shape.ci;
-    const int64_t width = std::min(kColumns, results - first);
-    const T* const w = static_cast<const T*>(p.weight) + group * p.shape.co * ci * 9;
-    const int64_t term_step = p.backward ? ci * 9 : 9, column_step = p.backward ? 9 : ci * 9;
-    A taps[9][kColumns] = {};
-    for (int64_t k = 0; k < terms; k++) {
-      const T* const from = w + k * term_step + first * column_step;
-      for (int64_t j = 0; j < width; j++) {
-        __builtin_prefetch(from + j * column_step + 4 * term_step, 0, 2);
-        for (int tap = 0; tap < 9; tap++) taps[p.backward ? 8 - tap : tap][j] = A(from[j * column_step + tap]);
-      }
+  // Of the terms in [begin, end), to rows of their own.
+  void transform_filters(int64_t panel, int64_t begin, int64_t end, A* to) const {
+    auto put = [&](int64_t k, int64_t, int64_t, const A(*taps)[kColumns]) {
+      A* const row = to + (k - begin) * kColumns;
       for (int64_t i = 0; i < kPoints; i++)  // or stores wait for these lines, twice as long in all
-        __builtin_prefetch(to + i * filters_point() + (k + 2) * kColumns, 1, 3);
+        __builtin_prefetch(row + i * filters_point() + 2 * kColumns, 1, 3);
       for (int64_t j = 0; j < kColumns; j += V::size())
         transform<FilterTransform, V>(
-            [&](int r, int c) { return V::loadu(taps[r * 3 + c] + j); },
-            [&](int r, int c, V v) { v.store(to + (r * kWindow + c) * filters_point() + k * kColumns + j); });
-    }
+            [&](int r, int c) { return V::loadu(taps[p.backward ? 8 - 3 * r - c : 3 * r + c] + j); },
+            [&](int r, int c, V v) { v.store(row + (r * kWindow + c) * filters_point() + j); });
+    };
+    this->read_weights(panel / panels, panel % panels * kColumns, begin, end, put);
   }
   void read_bias(int64_t panel) const {
     const int64_t group = panel / panels, first = panel % panels * kColumns;
     for (int64_t j = 0; j < kColumns; j++) bias[panel * kColumns + j] = this->bias_of(group, first + j);
   }
 
-  // products[panel][point] = pixels[point] filters[panel][point] for `width` panels.  What comes next is fetched
-  // meanwhile: the next panel's filters, and a share of the next point's pixels.
-  void multiply(const Own& own, int64_t count, int64_t width, const A* panel_filters_begin) const {
+  // products[panel][point] = pixels[point] filters[panel][point] for `width` panels, or plus the products of the terms
+  // in [begin, end).  What comes next is fetched meanwhile: the next panel's filters, and a share of the next point's
+  // pixels.
+  void multiply(const Own& own, int64_t count, int64_t width, int64_t begin, int64_t end,
+                const A* panel_filters_begin) const {
     const int64_t row_tiles = (count + kTileRows - 1) / kTileRows;
     for (int64_t point = 0; point < kPoints; point++) {
       const A* const pixels = own.pixels + point * pixels_point();
@@ -112,17 +114,17 @@ struct Product : ConvWork<T> {
       for (int64_t i = 0; i < width; i++) {
         const A* const filter = panel_filters_begin + i * panel_filters + point * filters_point();
         Ahead next_filter{i + 1 < width ? filter + panel_filters : filter - i * panel_filters + filters_point(),
-                          terms * kColumns, row_tiles};
+                          (end - begin) * kColumns, row_tiles};
         A* const to = own.products + i * kPoints * products_point() + point * products_point();
         for (int64_t m = 0; m < count; m += kTileRows) {
           next_pixels.step(), next_filter.step();
           with_rows(std::min<int64_t>(kTileRows, count - m), [&](auto row_count) {
             constexpr int R = row_count;
             const A* rows[R];
-            for (int r = 0; r < R; r++) rows[r] = pixels + (m + r) * pitch;
+            for (int r = 0; r < R; r++) rows[r] = pixels + (m + r) * pitch + begin;
             Tile<A, R> tile;
-            tile.clear();
-            tile.multiply_add(rows, terms, filter);
+            begin == 0 ? tile.clear() : tile.load(to + m * kColumns, kColumns);
+            tile.multiply_add(rows, end - begin, filter);
             tile.store(to + m * kColumns, kColumns);
           });
         }
@@ -165,9 +167,12 @@ struct Product : ConvWork<T> {
     const int64_t count = tiles.for_each(block, [](auto...) {}), end = panels * (part + 1) / split;
     for (int64_t i = panels * part / split; i < end; i += together) {
       const int64_t width = std::min(together, end - i), panel = group * panels + i;
-      if (on_the_fly)
-        for (int64_t j = 0; j < width; j++) transform_filters(panel + j, own.filters + j * panel_filters);
-      multiply(own, count, width, on_the_fly ? own.filters : filters + panel * panel_filters);
+      for (int64_t k = 0; k < terms; k += depth) {
+        const int64_t k_end = std::min(terms, k + depth);
+        if (on_the_fly)
+          for (int64_t j = 0; j < width; j++) transform_filters(panel + j, k, k_end, own.filters + j * panel_filters);
+        multiply(own, count, width, k, k_end, on_the_fly ? own.filters : filters + panel * panel_filters);
+      }
       for (int64_t j = 0; j < width; j++)
         finish_panel(own, own.products + j * kPoints * products_point(), block, group, i + j);
     }
@@ -197,7 +202,7 @@ struct Product : ConvWork<T> {
     parallel(p.threads, [&](Team team) {
       team.for_each(groups * panels, [&](int64_t panel) {
         read_bias(panel);
-        if (!on_the_fly) transform_filters(panel, filters + panel * panel_filters);
+        if (!on_the_fly && !p.is_packed) transform_filters(panel, 0, terms, filters + panel * panel_filters);
       });
       ConvScratch scratch = memory.own_at(p.workspace, team.rank);
       const Own own(*this, scratch);
@@ -209,6 +214,7 @@ struct Product : ConvWork<T> {
 }  // namespace
 }  // namespace winograd
 
+size_t conv2d_winograd_packed(const Conv2dForward& a) { return conv_packed<winograd::Product, false>(a); }
 size_t conv2d_winograd_forward_workspace(const Conv2dForward& a) { return conv_workspace<winograd::Product, false>(a); }
 void conv2d_winograd_forward(const Conv2dForward& a) { conv_run<winograd::Product, false>(a); }
 size_t conv2d_winograd_backward_input_workspace(const Conv2dBackwardInput& a) {

@@ -169,7 +169,7 @@ struct WeightGradient : ConvWeightWork<T> {
           [&](int r, int c) { return V::loadu(first + (r * kWindow + c) * point() + j); },
           [&](int r, int c, V v) { v.store(taps[r * 3 + c]); });
       for (int64_t k = j; k < std::min<int64_t>(j + V::size(), s.ci); k++)
-        for (int tap = 0; tap < 9; tap++) to[k * 9 + tap] = T(taps[tap][k - j]);
+        for (int tap = 0; tap < 9; tap++) to[k * s.weight_input() + tap * s.weight_tap()] = T(taps[tap][k - j]);
     }
     if (p.dbias) static_cast<T*>(p.dbias)[channel] = T(bias_sums[channel]);
   }
