@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
 Run = Callable[[], Any]
@@ -63,6 +64,24 @@ def check(case: Case) -> None:
                 f"{case.op} {case.shape} {case.layout} {case.dtype} {case.what}: result {i} differs from {name}'s by "
                 f"{error:.1e}, more than {case.tolerance:.1e}"
             )
+
+
+def peak_bytes(run: Run) -> int:
+    """The most memory that a call holds at once, beyond what was there before it (on the CPU, from the profiler)."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    now = most = 0
+    waiting = list(recorded.profiler.kineto_results.experimental_event_tree())
+    allocations = []
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.name == "[memory]":
+            allocations.append((event.start_time_ns, event.extra_fields.alloc_size))
+    for _, size in sorted(allocations):
+        now += size
+        most = max(most, now)
+    return most
 
 
 def _seconds(run: Run, threads: int) -> float:

@@ -12,11 +12,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import fastnorm
 from fastnorm import saved_bytes
 
+from .common import peak_bytes
 from .twins import twin
 
 Build = Callable[[], nn.Module]
@@ -73,24 +73,10 @@ def step(model: nn.Module, x: Tensor) -> None:
     (y[0] if isinstance(y, tuple) else y).square().mean().backward()
 
 
-def peak_bytes(model: nn.Module, x: Tensor) -> int:
-    """The most memory that a step holds at once, beyond what was there before it (on the CPU, from the profiler)."""
+def step_peak(model: nn.Module, x: Tensor) -> int:
     step(model, x)
     model.zero_grad()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
-        step(model, x)
-    now = most = 0
-    waiting = list(run.profiler.kineto_results.experimental_event_tree())
-    allocations = []
-    while waiting:
-        event = waiting.pop()
-        waiting += event.children
-        if event.name == "[memory]":
-            allocations.append((event.start_time_ns, event.extra_fields.alloc_size))
-    for _, size in sorted(allocations):
-        now += size
-        most = max(most, now)
-    return most
+    return peak_bytes(lambda: step(model, x))
 
 
 def measure(build: Build, shape: tuple[int, ...], pairs: int) -> dict[str, list[float]]:
@@ -108,7 +94,8 @@ def measure(build: Build, shape: tuple[int, ...], pairs: int) -> dict[str, list[
             step(models[name], x)
             if i:
                 taken[name].append(time.perf_counter() - begin)
-    bytes_, peaks = ({n: f(m, x) for n, m in models.items()} for f in (saved_bytes, peak_bytes))
+    bytes_ = {name: saved_bytes(m, x) for name, m in models.items()}
+    peaks = {name: step_peak(m, x) for name, m in models.items()}
     result = {
         "torch.nn": [bytes_["torch.nn"] / 1e6, peaks["torch.nn"] / 1e6, statistics.median(taken["torch.nn"]) * 1e3]
     }

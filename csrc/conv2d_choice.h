@@ -88,7 +88,7 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate)
   }
   if (to_weight && !planes && s.ci >= 16) return ConvAlgorithm::kIm2col;
   if (to_weight) return ConvAlgorithm::kTorch;
-  if (s.taps() == 1 && (strides ? m.terms >= 64 && m.made >= 64 : forward && large)) return ConvAlgorithm::kIm2col;
+  if (s.taps() == 1 && (strides ? m.terms >= 64 && m.made >= 64 : large)) return ConvAlgorithm::kIm2col;
   // Many filters for few pixels: torch changes their layout in every call.
   if (dense && weights >= 512 * 512) return ConvAlgorithm::kIm2col;
   return ConvAlgorithm::kTorch;
