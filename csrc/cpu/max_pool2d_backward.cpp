@@ -82,7 +82,10 @@ struct Ring {
     with_type(a.dtype, [&](auto zero) {
       using T = decltype(zero);
       if constexpr (std::is_same_v<Accumulate<T>, A>)
-        copy_row(static_cast<const T*>(a.dy) + from, dy + slot * pitch + margin, a.shape.x.out);
+        for_blocks(0, a.shape.x.out,
+                   [from = static_cast<const T*>(a.dy) + from, to = dy + slot * pitch + margin](auto lanes, int64_t i) {
+                     store_lanes(to + i, load_wide<lanes>(from + i));
+                   });
     });
     for_blocks(0, a.shape.x.out * int64_t(bytes),
                [&](auto lanes, int64_t i) { std::memcpy(to_offset + i, source_offset + i, lanes); });
@@ -91,7 +94,10 @@ struct Ring {
   [[gnu::noinline]] void narrow(const MaxPool2dBackward& a, int64_t at) const {
     with_type(a.dtype, [&](auto zero) {
       using T = decltype(zero);
-      if constexpr (std::is_same_v<Accumulate<T>, A>) copy_row(dx, static_cast<T*>(a.dx) + at, a.shape.x.in);
+      if constexpr (std::is_same_v<Accumulate<T>, A>)
+        for_blocks(0, a.shape.x.in, [from = dx, to = static_cast<T*>(a.dx) + at](auto lanes, int64_t i) {
+          store_narrow<lanes>(to + i, load_lanes<lanes>(from + i));
+        });
     });
   }
 };

@@ -41,15 +41,20 @@ struct Winners {
   int64_t* indices;
   int bytes;        // of an offset
   bool fits;        // places fit the lanes, and tap / kernel is exact in float32
+  bool places;      // in place of a tap's number there is its place from where the window begins
   int column, row;  // from one tap to the next, and what is added for each row
   float inverse;
 
-  explicit Winners(const MaxPool2dForward& a)
+  // by_place: whether the kernel numbers taps by number(), as places where those are all that is wanted
+  explicit Winners(const MaxPool2dForward& a, bool by_place = false)
       : shape(a.shape), offset(a.offset), indices(a.indices), bytes(a.shape.offset_bytes()) {
     const PoolAxis &x = shape.x, &y = shape.y;
     fits = !is_huge(shape) && int64_t(y.kernel) * x.kernel <= 1 << 20;
     column = x.dilation, row = int(int64_t(y.dilation) * x.in - int64_t(x.kernel) * x.dilation);
-    inverse = 1.f / float(x.kernel);
+    inverse = 1.f / float(x.kernel), places = by_place && fits && !offset;
+  }
+  int64_t number(int64_t row, int64_t column) const {
+    return places ? row * shape.y.dilation * shape.x.in + column * shape.x.dilation : row * shape.x.kernel + column;
   }
   // Outputs from element `at` on: the first of them at (oy, ox), the others `next` columns further each.
   template <int L, class V>
@@ -65,9 +70,11 @@ struct Winners {
     Int lane;
     for (int i = 0; i < L; i++) lane[i] = i;
     const Int t = __builtin_convertvector(tap, Int);
-    const Int rows = __builtin_convertvector((__builtin_convertvector(t, Float) + 0.5f) * inverse, Int);
-    const int first = int(index_of(shape, oy, ox, 0, 0));
-    const Int index = first + lane * (next * shape.x.stride) + t * column + rows * row;
+    Int index = t + lane * (next * shape.x.stride) + int(index_of(shape, oy, ox, 0, 0));
+    if (!places) {
+      const Int rows = __builtin_convertvector((__builtin_convertvector(t, Float) + 0.5f) * inverse, Int);
+      index += t * (column - 1) + rows * row;
+    }
     store_lanes(indices + at, __builtin_convertvector(index, Lanes<int64_t, L>));
   }
 };
@@ -318,7 +325,7 @@ template <int L, int kVectors, bool kTaps, class T>
   const PoolShape& s = winners.shape;
   const int first_row = s.y.first_tap(oy), end_row = s.y.end_tap(oy);
   const int first = s.x.first_tap(ox), end = s.x.end_tap(ox);
-  auto tap = [&](int row, int column) { return lanes_of<L>(Tap<A>(row) * s.x.kernel + column); };
+  auto tap = [&](int row, int column) { return lanes_of<L>(Tap<A>(winners.number(row, column))); };
   Best<A, L, kTaps> best[kVectors];
   for (auto& b : best) b = {lanes_of<L>(-std::numeric_limits<A>::infinity()), tap(first_row, first)};
   for (int row = first_row; row < end_row; row++) {
@@ -337,7 +344,7 @@ template <int L, int kVectors, bool kTaps, class T>
 template <bool kTaps, class T>
 void pool_pixels(const MaxPool2dForward& a, int64_t n, int oy) {
   constexpr int L = kPoolLanes, kVectors = 4;
-  const Winners winners(a);
+  const Winners winners(a, true);
   const PoolShape& s = winners.shape;
   const T* const x = static_cast<const T*>(a.x) + (n * s.y.in + s.y.begin(oy)) * s.x.in * s.c;
   for (int ox = 0; ox < s.x.out; ox++) {

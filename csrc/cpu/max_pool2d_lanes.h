@@ -81,7 +81,7 @@ template <int kFirst, class V, int... i>
 
 // ---- 16-bit types ---------------------------------------------------------------------------------------------------
 
-// to[i] = from[i], perhaps from or to a 16-bit type; a row's end may be written more than once.
+// to[i] = from[i], from or to a 16-bit type; a row's end may be written more than once.
 template <class From, class To>
 inline void copy_row(const From* from, To* to, int64_t n) {
   using T = std::conditional_t<sizeof(From) < sizeof(To), From, To>;
