@@ -68,6 +68,12 @@ def conv2d(
         Winograd's F(4x4, 3x3) on the CPU: within 3e-5 of the largest result, and a NaN or infinity shows in all 16
         results of a tile. With "highest", torch's default, they do not.
 
+    Memory:
+        On the CPU, the third call that sees a weight which was not written to keeps it in the form in which the kernel
+        multiplies, for later calls: 1 to 4 times its size, until it changes or dies, at most 512 MB for all weights.
+        Every call compares the weight itself, whatever it was written with. Training, which changes weights in every
+        step, keeps nothing.
+
     Raises:
         RuntimeError: for shapes, dtypes or devices that do not go together, or a window that is not possible.
         ValueError: for an unknown activation or algorithm, or one that does not compute this convolution.

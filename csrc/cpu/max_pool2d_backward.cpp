@@ -42,55 +42,72 @@ struct AxisWindows {
 // ---- Planes ---------------------------------------------------------------------------------------------------------
 
 // A row of windows from the one on that begins at the first input, or before it and nowhere nearer.
-template <class T>
+template <class A>
 struct Row {
-  const T* dy;
+  const A* dy;
   const char* offset;
-  Tap<Accumulate<T>> first;  // of its taps in the row of dx
+  Tap<A> first;  // of its taps in the row of dx
 };
 
-// A thread's copies of rows.
-template <class T>
+// A thread's copies of rows, in the type that is computed with.
+template <class A>
 struct Ring {
   static constexpr int64_t kBytes = 16 << 10;  // half of the L1 cache
   int bytes;                                   // of an offset
+  bool widens;                                 // 16-bit types
   int64_t margin, pitch, slots;
-  T* dy;
+  A *dy, *dx;  // dx: of 16-bit types, one row
   char* offset;
-  Row<T>* rows;
+  Row<A>* rows;
 
-  Ring(const PoolShape& s, PoolScratch scratch, size_t* used = nullptr) : bytes(s.offset_bytes()) {
+  Ring(const MaxPool2dBackward& a, PoolScratch scratch, size_t* used = nullptr)
+      : bytes(a.shape.offset_bytes()), widens(size_of(a.dtype) != sizeof(A)) {
+    const PoolShape& s = a.shape;
     margin = int64_t(s.x.kernel - 1) * s.x.dilation / s.x.stride;
     pitch = margin + std::max<int64_t>(s.x.out, (s.x.in - 1 + int64_t(s.x.pad)) / s.x.stride + 1);
     const int64_t needed = (s.y.kernel - 1) * int64_t(s.y.dilation) / s.y.stride + 1;
-    slots = std::min<int64_t>(std::max<int64_t>(needed, kBytes / (pitch * (sizeof(T) + bytes))), s.y.out);
-    if (margin == 0 && bytes == 1) slots = 0;
-    dy = scratch.take<T>(slots * pitch), offset = scratch.take<char>(slots * pitch * bytes);
-    rows = scratch.take<Row<T>>(s.y.kernel);
+    slots = std::min<int64_t>(std::max<int64_t>(needed, kBytes / (pitch * (sizeof(A) + bytes))), s.y.out);
+    if (margin == 0 && bytes == 1 && !widens) slots = 0;
+    dy = scratch.take<A>(slots * pitch), offset = scratch.take<char>(slots * pitch * bytes);
+    dx = scratch.take<A>(widens ? s.x.in : 0), rows = scratch.take<Row<A>>(s.y.kernel);
     if (used) *used = scratch.used;
   }
   void clear() const {
-    std::fill(dy, dy + slots * pitch, T(0));
+    std::fill(dy, dy + slots * pitch, A(0));
     std::fill(offset, offset + slots * pitch * bytes, char(0));
   }
-  void fetch(const MaxPool2dBackward& a, int64_t from, int64_t slot) const {
-    const T* const source = static_cast<const T*>(a.dy) + from;
+  [[gnu::noinline]] void fetch(const MaxPool2dBackward& a, int64_t from, int64_t slot) const {
     const char* const source_offset = static_cast<const char*>(a.offset) + from * bytes;
-    T* const to = dy + slot * pitch + margin;
     char* const to_offset = offset + (slot * pitch + margin) * bytes;
-    for_blocks(0, a.shape.x.out, [&](auto lanes, int64_t i) { std::memcpy(to + i, source + i, lanes * sizeof(T)); });
+    with_type(a.dtype, [&](auto zero) {
+      using T = decltype(zero);
+      if constexpr (std::is_same_v<Accumulate<T>, A>)
+        for_blocks(0, a.shape.x.out,
+                   [from = static_cast<const T*>(a.dy) + from, to = dy + slot * pitch + margin](auto lanes, int64_t i) {
+                     store_lanes(to + i, load_wide<lanes>(from + i));
+                   });
+    });
     for_blocks(0, a.shape.x.out * int64_t(bytes),
                [&](auto lanes, int64_t i) { std::memcpy(to_offset + i, source_offset + i, lanes); });
   }
+  // The row that was made in `dx`, to element `at` on.
+  [[gnu::noinline]] void narrow(const MaxPool2dBackward& a, int64_t at) const {
+    with_type(a.dtype, [&](auto zero) {
+      using T = decltype(zero);
+      if constexpr (std::is_same_v<Accumulate<T>, A>)
+        for_blocks(0, a.shape.x.in, [from = dx, to = static_cast<T*>(a.dx) + at](auto lanes, int64_t i) {
+          store_narrow<lanes>(to + i, load_lanes<lanes>(from + i));
+        });
+    });
+  }
 };
 
-// A row of dx from `count` rows of windows, kRows of them if that is not 0; so are the others.  kPad: of what is left
-// of the padding by the stride.  end: where rows may not be read any more.
-template <int kStride, int kKernel, int kPad, int kRows, int kBytes, class T>
-[[gnu::always_inline]] inline void gather_row(const PoolAxis x, int bytes, const Row<T>* row, int count, int64_t end,
-                                              T* dx) {
-  using A = Accumulate<T>;
-  const int stride = kStride ? kStride : x.stride, pad = kStride ? kPad : x.pad % x.stride;
+// A row of dx from `count` rows of windows, kRows of them if that is not 0; so are the others.  kPad: what the
+// stride leaves of the padding, where kKernel is not 0.  end: where rows may not be read any more.
+template <int kStride, int kKernel, int kPad, int kRows, int kBytes, class A>
+[[gnu::always_inline]] inline void gather_row(const PoolAxis x, int bytes, const Row<A>* row, int count, int64_t end,
+                                              A* dx) {
+  const int stride = kStride ? kStride : x.stride, pad = kKernel ? kPad : x.pad % stride;
   const int width = kKernel ? kKernel : x.kernel, dilation = kKernel ? 1 : x.dilation;
   const int rows = kRows ? kRows : count;
   // Of the inputs e behind m strides.
@@ -106,7 +123,7 @@ template <int kStride, int kKernel, int kPad, int kRows, int kBytes, class T>
         const int64_t j = m + begin / stride;
         if (L == 1 && j >= end) continue;
         const auto won = load_offsets<kBytes, L, A>(row[i].offset, bytes, j) == lanes_of<L>(Tap<A>(row[i].first + t));
-        sum += won ? load_wide<L>(row[i].dy + j) : Lanes<A, L>{};
+        sum += won ? load_lanes<L>(row[i].dy + j) : Lanes<A, L>{};
       }
     return sum;
   };
@@ -114,30 +131,30 @@ template <int kStride, int kKernel, int kPad, int kRows, int kBytes, class T>
   for_blocks(0, whole, [&](auto lanes, int64_t m) {
     constexpr int L = lanes;
     if constexpr (kStride == 1) {
-      store_narrow<L>(dx + m, sum(lanes, m, 0));
+      store_lanes(dx + m, sum(lanes, m, 0));
     } else if constexpr (kStride == 2 && L > 1) {
       const auto even = sum(lanes, m, 0), odd = sum(lanes, m, 1);
       constexpr std::make_integer_sequence<int, L> all;
-      store_narrow<L>(dx + 2 * m, interleave<0>(even, odd, all));
-      store_narrow<L>(dx + 2 * m + L, interleave<L / 2>(even, odd, all));
+      store_lanes(dx + 2 * m, interleave<0>(even, odd, all));
+      store_lanes(dx + 2 * m + L, interleave<L / 2>(even, odd, all));
     } else {
       for (int e = 0; e < stride; e++) {
         const auto v = sum(lanes, m, e);
-        for (int i = 0; i < L; i++) dx[(m + i) * stride + e] = T(v[i]);
+        for (int i = 0; i < L; i++) dx[(m + i) * stride + e] = v[i];
       }
     }
   });
   constexpr std::integral_constant<int, 1> one;
-  for (int64_t i = whole * stride; i < x.in; i++) dx[i] = T(sum(one, i / stride, int(i % stride))[0]);
+  for (int64_t i = whole * stride; i < x.in; i++) dx[i] = sum(one, i / stride, int(i % stride))[0];
 }
 
-template <int kStride, int kKernel, int kPad, int kBytes, class T>
-void gather_plane(const MaxPool2dBackward a, const Ring<T> ring, const AxisWindows windows, int64_t plane, int begin,
+template <int kStride, int kKernel, int kPad, int kBytes, class A>
+void gather_plane(const MaxPool2dBackward a, const Ring<A> ring, const AxisWindows windows, int64_t plane, int begin,
                   int end) {
   const PoolShape s = a.shape;  // a copy, as stores may change what is referred to
   const int slots = int(ring.slots), bytes = ring.bytes, skip = s.x.pad / s.x.stride;
   const int64_t readable = slots ? s.x.in : s.x.out - skip, first = plane * s.y.out;
-  const T* const dy = static_cast<const T*>(a.dy);
+  const A* const dy = static_cast<const A*>(a.dy);
   const char* const offset = static_cast<const char*>(a.offset);
   int turn = 0, fetched = 0;  // slot 0's row; one past the last row that is in the ring
   const int last = s.y.end_window(end - 1);
@@ -153,36 +170,40 @@ void gather_plane(const MaxPool2dBackward a, const Ring<T> ring, const AxisWindo
       }
     }
     // By members, as vectors of what was stored piece by piece would wait for the stores.
-    auto set_row = [&](int i, Row<T>& row) __attribute__((always_inline)) {
+    auto set_row = [&](int i, Row<A>& row) __attribute__((always_inline)) {
       const int oy = w.first + i * windows.next;
       const int64_t at = skip + (slots ? slot(oy) * ring.pitch + ring.margin : (first + oy) * s.x.out);
       row.dy = (slots ? ring.dy : dy) + at;
       row.offset = (slots ? ring.offset : offset) + at * bytes;
-      row.first = Tap<Accumulate<T>>(w.tap - i * windows.less) * s.x.kernel;
+      row.first = Tap<A>(w.tap - i * windows.less) * s.x.kernel;
     };
-    T* const dx = static_cast<T*>(a.dx) + (plane * s.y.in + iy) * s.x.in;
+    const int64_t to = (plane * s.y.in + iy) * s.x.in;
+    A* const dx = ring.widens ? ring.dx : static_cast<A*>(a.dx) + to;
     auto gather = [&](auto rows) __attribute__((always_inline)) {
-      Row<T> few[rows + 1];  // in registers, where they are few
-      Row<T>* const all = rows ? few : ring.rows;
+      Row<A> few[rows + 1];  // in registers, where they are few
+      Row<A>* const all = rows ? few : ring.rows;
       for (int i = 0; i < (rows ? rows : w.count); i++) set_row(i, all[i]);
       gather_row<kStride, kKernel, kPad, rows, kBytes>(s.x, bytes, all, w.count, readable, dx);
     };
-    switch (kKernel ? w.count : 0) {
-      case 1: gather(std::integral_constant<int, kKernel ? 1 : 0>()); break;
-      case 2: gather(std::integral_constant<int, kKernel ? 2 : 0>()); break;
-      case 3: gather(std::integral_constant<int, kKernel ? 3 : 0>()); break;
-      default: gather(std::integral_constant<int, 0>());
-    }
+    // With a constant kernel inputs inside have one of these numbers of windows.
+    constexpr int kMost = kKernel ? (kKernel + kStride - 1) / kStride : 0, kLeast = kKernel ? kKernel / kStride : 0;
+    if (w.count == kMost || kMost == 0)
+      gather(std::integral_constant<int, kMost>());
+    else if (w.count == kLeast && kLeast != kMost)
+      gather(std::integral_constant<int, kLeast == kMost ? 0 : kLeast>());
+    else
+      gather(std::integral_constant<int, 0>());
+    if (ring.widens) ring.narrow(a, to);
   }
 }
 
-template <class T>
+template <class A>
 void gather_planes(const MaxPool2dBackward& a, const AxisWindows& windows, char* scratch) {
   const PoolShape& s = a.shape;
   size_t bytes = 0;
-  Ring<T>(s, {nullptr}, &bytes);
+  Ring<A>(a, {nullptr}, &bytes);
   parallel(a.threads, [&](Team team) {
-    const Ring<T> ring(s, {scratch + team.rank * bytes});
+    const Ring<A> ring(a, {scratch + team.rank * bytes});
     ring.clear();
     for_rows(team, s.n, s.y.in, [&](int64_t plane, int begin, int end) {
       auto gather = [&](auto stride, auto kernel, auto pad, auto bytes) {
@@ -195,12 +216,12 @@ void gather_planes(const MaxPool2dBackward& a, const AxisWindows& windows, char*
       const int stride = s.x.stride, kernel = s.x.dilation == 1 ? s.x.kernel : 0;
       const bool odd = s.x.pad % 2;
       if (ring.bytes != 1) return gather(_0, _0, _0, _0);
-      if constexpr (std::is_same_v<T, double>) return gather(_0, _0, _0, _1);  // others would take long to compile
+      if constexpr (std::is_same_v<A, double>) return gather(_0, _0, _0, _1);  // others would take long to compile
       if (stride == 1) return kernel == 3 ? gather(_1, _3, _0, _1) : gather(_1, _0, _0, _1);
       if (stride != 2) return gather(_0, _0, _0, _1);
       if (kernel == 3) return odd ? gather(_2, _3, _1, _1) : gather(_2, _3, _0, _1);
       if (kernel == 2) return odd ? gather(_2, _2, _1, _1) : gather(_2, _2, _0, _1);
-      odd ? gather(_2, _0, _1, _1) : gather(_2, _0, _0, _1);
+      gather(_2, _0, _0, _1);
     });
   });
 }
@@ -246,8 +267,10 @@ void gather_pixels(const MaxPool2dBackward& a, int64_t n, int iy, const AxisWind
     if (at_end || s.c >= lanes || 2 * s.c <= lanes) return;
     for (; ix + 1 < s.x.in; ix++) gather(lanes, one, ix, 0);
   };
-  spill(std::integral_constant<int, L>()), spill(std::integral_constant<int, L / 2>());
-  if constexpr (L > 8) spill(std::integral_constant<int, L / 4>());
+  if constexpr (kBytes == 1) {
+    spill(std::integral_constant<int, L>()), spill(std::integral_constant<int, L / 2>());
+    if constexpr (L > 8) spill(std::integral_constant<int, L / 4>());
+  }
   for (; ix < s.x.in; ix++) {
     int64_t c = 0;
     for (; c + kVectors * L <= s.c; c += kVectors * L)
@@ -262,7 +285,8 @@ size_t max_pool2d_backward_workspace(const MaxPool2dBackward& a) {
   PoolScratch scratch{nullptr};
   AxisWindows(a.shape.y, scratch), AxisWindows(a.shape.x, scratch);
   size_t bytes = 0;
-  if (a.shape.c == 1) with_type(a.dtype, [&](auto zero) { Ring<decltype(zero)>(a.shape, {nullptr}, &bytes); });
+  if (a.shape.c == 1)
+    a.dtype == DType::kFloat64 ? void(Ring<double>(a, {nullptr}, &bytes)) : void(Ring<float>(a, {nullptr}, &bytes));
   return scratch.used + bytes * a.threads;
 }
 
@@ -271,9 +295,12 @@ void max_pool2d_backward(const MaxPool2dBackward& a) {
   prefer_huge_pages(a.dx, size_t(s.inputs() * size_of(a.dtype)));
   PoolScratch scratch{static_cast<char*>(a.workspace)};
   const AxisWindows y(s.y, scratch), x(s.x, scratch);
+  if (s.c == 1) {
+    char* const rings = scratch.at + scratch.used;
+    return a.dtype == DType::kFloat64 ? gather_planes<double>(a, y, rings) : gather_planes<float>(a, y, rings);
+  }
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (s.c == 1) return gather_planes<T>(a, y, scratch.at + scratch.used);
     parallel(a.threads, [&](Team team) {
       for_rows(team, s.n, s.y.in, [&](int64_t n, int begin, int end) {
         for (int iy = begin; iy < end; iy++)

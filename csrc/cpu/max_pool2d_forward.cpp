@@ -28,14 +28,56 @@ int64_t index_of(const PoolShape& s, int oy, int ox, int64_t tap) {
   return index_of(s, oy, ox, tap / s.x.kernel, tap % s.x.kernel);
 }
 
-// f(kOffset, kIndex) as constants.
+// f(kTaps): whether it matters which tap won.
 template <class F>
 void with_wanted(const MaxPool2dForward& a, F f) {
-  constexpr std::true_type yes;
-  constexpr std::false_type no;
-  if (a.offset) return a.indices ? f(yes, yes) : f(yes, no);
-  a.indices ? f(no, yes) : f(no, no);
+  a.offset || a.indices ? f(std::true_type()) : f(std::false_type());
 }
+
+// What is stored of the taps that won.  A copy of what is needed of the arguments, as stores may change those.
+struct Winners {
+  PoolShape shape;
+  void* offset;
+  int64_t* indices;
+  int bytes;        // of an offset
+  bool fits;        // places fit the lanes, and tap / kernel is exact in float32
+  bool places;      // in place of a tap's number there is its place from where the window begins
+  int column, row;  // from one tap to the next, and what is added for each row
+  float inverse;
+
+  // by_place: whether the kernel numbers taps by number(), as places where those are all that is wanted
+  explicit Winners(const MaxPool2dForward& a, bool by_place = false)
+      : shape(a.shape), offset(a.offset), indices(a.indices), bytes(a.shape.offset_bytes()) {
+    const PoolAxis &x = shape.x, &y = shape.y;
+    fits = !is_huge(shape) && int64_t(y.kernel) * x.kernel <= 1 << 20;
+    column = x.dilation, row = int(int64_t(y.dilation) * x.in - int64_t(x.kernel) * x.dilation);
+    inverse = 1.f / float(x.kernel), places = by_place && fits && !offset;
+  }
+  int64_t number(int64_t row, int64_t column) const {
+    return places ? row * shape.y.dilation * shape.x.in + column * shape.x.dilation : row * shape.x.kernel + column;
+  }
+  // Outputs from element `at` on: the first of them at (oy, ox), the others `next` columns further each.
+  template <int L, class V>
+  [[gnu::always_inline]] inline void store(int64_t at, int oy, int ox, int next, V tap) const {
+    if (offset) store_offsets<L>(offset, bytes, at, tap);
+    if (!indices) return;
+    if (!fits) {
+      for (int i = 0; i < L; i++) indices[at + i] = index_of(shape, oy, ox + i * next, tap[i]);
+      return;
+    }
+    using Int = Lanes<int32_t, L>;
+    using Float = Lanes<float, L>;
+    Int lane;
+    for (int i = 0; i < L; i++) lane[i] = i;
+    const Int t = __builtin_convertvector(tap, Int);
+    Int index = t + lane * (next * shape.x.stride) + int(index_of(shape, oy, ox, 0, 0));
+    if (!places) {
+      const Int rows = __builtin_convertvector((__builtin_convertvector(t, Float) + 0.5f) * inverse, Int);
+      index += t * (column - 1) + rows * row;
+    }
+    store_lanes(indices + at, __builtin_convertvector(index, Lanes<int64_t, L>));
+  }
+};
 
 // ---- Planes ---------------------------------------------------------------------------------------------------------
 
@@ -49,10 +91,10 @@ struct Ring {
   A* value;         // [slots][pitch]
   Tap<A>* tap;
   int* held;  // the row in each slot
-  // Of the rows that a window has inside: where the slot begins, the number of the row's first tap, and its place in x.
+  // Of the rows that a window has inside: where the slot begins, and the number of the row's first tap.
   struct Row {
     int64_t at;
-    Tap<A> first, place;
+    Tap<A> first;
   }* rows;
 
   Ring(const PoolShape& s, PoolScratch scratch, size_t* bytes = nullptr)
@@ -80,22 +122,17 @@ void reduce_row(const A* row, const PoolAxis& x, Inside inside, A* value, Tap<A>
   auto edge = [&](int o) {  // in vectors of the same number, as branches would be taken at random
     constexpr int L = 16 / sizeof(A);
     const int first = x.first_tap(o), end = x.end_tap(o);
-    Best<A, L, 1> best{lanes_of<L>(-std::numeric_limits<A>::infinity()), {lanes_of<L>(Tap<A>(first))}};
+    Best<A, L, true> best{lanes_of<L>(-std::numeric_limits<A>::infinity()), lanes_of<L>(Tap<A>(first))};
     for (int t = first; t < end; t++) best.take(lanes_of<L>(row[position(x, o, t)]), lanes_of<L>(Tap<A>(t)));
     value[o] = best.value[0];
-    if (kTaps) tap[o] = best.label[0][0];
+    if (kTaps) tap[o] = best.tap[0];
   };
   for (int o = 0; o < inside.begin; o++) edge(o);
   for_blocks(inside.begin, inside.end, [&](auto lanes, int64_t o) {
     constexpr int L = lanes;
     const A* const p = row + (o * x.stride - x.pad);
     Best<A, L, kTaps> best{strided<L, kStride>(p, 0, x.stride), {}};
-    auto take = [&](Tap<A> t, int64_t at) {
-      if constexpr (kTaps)
-        best.take(strided<L, kStride>(p, at, x.stride), lanes_of<L>(t));
-      else
-        best.take(strided<L, kStride>(p, at, x.stride));
-    };
+    auto take = [&](Tap<A> t, int64_t at) { best.take(strided<L, kStride>(p, at, x.stride), lanes_of<L>(t)); };
     if constexpr (kKernel != 0) {
 #pragma GCC unroll 4
       for (int t = 1; t < kKernel; t++) take(t, t);
@@ -103,7 +140,7 @@ void reduce_row(const A* row, const PoolAxis& x, Inside inside, A* value, Tap<A>
       for (int t = 1; t < x.kernel; t++) take(t, int64_t(t) * x.dilation);
     }
     store_lanes(value + o, best.value);
-    if constexpr (kTaps) store_lanes(tap + o, best.label[0]);
+    if constexpr (kTaps) store_lanes(tap + o, best.tap);
   });
   for (int o = inside.end; o < x.out; o++) edge(o);
 }
@@ -117,57 +154,32 @@ void reduce_row(const A* row, const PoolAxis& x, Inside inside, A* value, Tap<A>
   return reduce_row<0, 0, kTaps>(row, x, inside, value, tap);
 }
 
-// Indices from labels: what the tap adds to where the window begins, or in a huge plane the tap's number.
-template <int L, class V>
-[[gnu::always_inline]] inline void store_indices(const MaxPool2dForward& a, int64_t at, int oy, int64_t o, V label) {
-  const PoolShape& s = a.shape;
-  if (is_huge(s)) {
-    for (int i = 0; i < L; i++) a.indices[at + i] = index_of(s, oy, int(o) + i, label[i]);
-    return;
-  }
-  V lane;
-  for (int i = 0; i < L; i++) lane[i] = i;
-  const V index = label + lane * s.x.stride + s.x.begin(int(o));
-  store_lanes(a.indices + at, __builtin_convertvector(index, Lanes<int64_t, L>));
-}
-
 // One row of the output from the reduced rows that ring.rows names: kRows of them, or 0 for any number.
-template <bool kOffset, bool kIndex, int kRows, class T>
-void finish_row(const MaxPool2dForward& a, const Ring<T>& ring, int64_t plane, int oy, int count) {
+template <bool kTaps, int kRows, class T>
+void finish_row(const MaxPool2dForward& a, const Winners winners, const Ring<T>& ring, int64_t plane, int oy,
+                int count) {
   using A = Accumulate<T>;
-  const PoolShape& s = a.shape;
+  const PoolShape& s = winners.shape;
   const int64_t to = (plane * s.y.out + oy) * s.x.out;
   A* const y = ring.kWidens ? ring.output : reinterpret_cast<A*>(static_cast<T*>(a.y) + to);
-  const int bytes = s.offset_bytes(), rows = kRows ? kRows : count;
-  const Tap<A> step = is_huge(s) ? 1 : s.x.dilation;  // from one tap of a row to the next, in an index
+  const int rows = kRows ? kRows : count;
   typename Ring<T>::Row few[kRows + 1];
   std::copy_n(ring.rows, kRows, few);
   const auto* const row = kRows ? few : ring.rows;
   for_blocks(0, s.x.out, [&](auto lanes, int64_t o) {
     constexpr int L = lanes;
-    auto with_row = [&](int i, auto with) {
-      const auto v = load_lanes<L>(ring.value + row[i].at + o);
-      if constexpr (kOffset || kIndex) {
-        const auto t = load_lanes<L>(ring.tap + row[i].at + o);
-        if constexpr (kOffset && kIndex)
-          with(v, t + row[i].first, t * step + row[i].place);
-        else if constexpr (kOffset)
-          with(v, t + row[i].first);
-        else
-          with(v, t * step + row[i].place);
-      } else {
-        with(v);
-      }
+    auto value = [&](int i) { return load_lanes<L>(ring.value + row[i].at + o); };
+    auto tap = [&](int i) {
+      if constexpr (kTaps) return load_lanes<L>(ring.tap + row[i].at + o) + row[i].first;
+      return Lanes<Tap<A>, L>{};
     };
-    Best<A, L, kOffset + kIndex> best;
-    with_row(0, [&](const auto& v, const auto&... labels) { best = {v, {labels...}}; });
+    Best<A, L, kTaps> best{value(0), tap(0)};
 #pragma GCC unroll 4
-    for (int i = 1; i < rows; i++) with_row(i, [&](const auto& v, const auto&... labels) { best.take(v, labels...); });
+    for (int i = 1; i < rows; i++) best.take(value(i), tap(i));
     store_lanes(y + o, best.value);
-    if constexpr (kOffset) store_offsets<L>(a.offset, bytes, to + o, best.label[0]);
-    if constexpr (kIndex) store_indices<L>(a, to + o, oy, o, best.label[kOffset]);
+    if constexpr (kTaps) winners.store<L>(to + o, oy, int(o), 1, best.tap);
   });
-  if constexpr (ring.kWidens) narrow_row(ring.output, static_cast<T*>(a.y) + to, s.x.out);
+  if constexpr (ring.kWidens) copy_row(ring.output, static_cast<T*>(a.y) + to, s.x.out);
 }
 
 // A row of windows that have no tap inside.
@@ -183,10 +195,11 @@ void empty_row(const MaxPool2dForward& a, int64_t plane, int oy) {
   }
 }
 
-template <bool kOffset, bool kIndex, class T>
+template <bool kTaps, class T>
 void pool_plane(const MaxPool2dForward& a, const Ring<T>& ring, int64_t plane, int begin, int end) {
   using A = Accumulate<T>;
   const PoolShape& s = a.shape;
+  const Winners winners(a);
   const Inside inside(s.x);
   const T* const x = static_cast<const T*>(a.x) + plane * s.y.in * s.x.in;
   std::fill(ring.held, ring.held + ring.slots, -1);
@@ -198,90 +211,76 @@ void pool_plane(const MaxPool2dForward& a, const Ring<T>& ring, int64_t plane, i
     int rows = 0;
     for (int t = first; t < last; t++) {
       const int h = int(position(s.y, oy, t)), slot = h - turn - (h - turn < slots ? 0 : slots);
-      const Tap<A> first = t * s.x.kernel;
-      ring.rows[rows++] = {slot * ring.pitch, first, is_huge(s) ? first : Tap<A>(h) * s.x.in};
+      ring.rows[rows++] = {slot * ring.pitch, Tap<A>(t) * s.x.kernel};
       if (ring.held[slot] == h) continue;
       ring.held[slot] = h;
       const A* row;
       if constexpr (ring.kWidens)
-        widen_row(x + int64_t(h) * s.x.in, ring.row, s.x.in), row = ring.row;
+        copy_row(x + int64_t(h) * s.x.in, ring.row, s.x.in), row = ring.row;
       else
         row = x + int64_t(h) * s.x.in;
-      reduce_row<kOffset || kIndex>(row, s.x, inside, ring.value + slot * ring.pitch, ring.tap + slot * ring.pitch);
+      reduce_row<kTaps>(row, s.x, inside, ring.value + slot * ring.pitch, ring.tap + slot * ring.pitch);
     }
     switch (rows) {
       case 0: empty_row<T>(a, plane, oy); break;
-      case 2: finish_row<kOffset, kIndex, 2>(a, ring, plane, oy, rows); break;
-      case 3: finish_row<kOffset, kIndex, 3>(a, ring, plane, oy, rows); break;
-      default: finish_row<kOffset, kIndex, 0>(a, ring, plane, oy, rows);
+      case 2: finish_row<kTaps, 2>(a, winners, ring, plane, oy, rows); break;
+      case 3: finish_row<kTaps, 3>(a, winners, ring, plane, oy, rows); break;
+      default: finish_row<kTaps, 0>(a, winners, ring, plane, oy, rows);
     }
   }
 }
 
 // Rows of windows of kKernel x kKernel taps.
-template <int kStride, int kKernel, bool kOffset, bool kIndex, class T>
-void pool_small(const MaxPool2dForward a, int64_t plane, int begin, int end) {  // a: a copy, as stores may change it
+template <int kStride, int kKernel, bool kTaps, class T>
+void pool_small(const MaxPool2dForward& a, int64_t plane, int begin, int end) {
   using A = Accumulate<T>;
-  const PoolShape s = a.shape;
+  const Winners winners(a);
+  const PoolShape& s = winners.shape;
   const Inside inside(s.x);
   const T* const x = static_cast<const T*>(a.x) + plane * s.y.in * s.x.in;
+  T* const y = static_cast<T*>(a.y);
   for (int oy = begin; oy < end; oy++) {
     const int64_t to = (plane * s.y.out + oy) * s.x.out;
     const T* const window = x + int64_t(s.y.begin(oy)) * s.x.in;
     const int from = s.y.first_tap(oy), until = s.y.end_tap(oy);
-    auto with_labels = [&](auto lanes, int r, int t, auto with) __attribute__((always_inline)) {
-      const auto offset = lanes_of<lanes>(Tap<A>(r * kKernel + t)), index = lanes_of<lanes>(Tap<A>(r) * s.x.in + t);
-      if constexpr (kOffset && kIndex)
-        with(offset, index);
-      else if constexpr (kOffset)
-        with(offset);
-      else if constexpr (kIndex)
-        with(index);
-      else
-        with();
-    };
     auto store = [&](auto lanes, int64_t o, const auto& best) __attribute__((always_inline)) {
       constexpr int L = lanes;
-      store_narrow<L>(static_cast<T*>(a.y) + to + o, best.value);
-      if constexpr (kOffset) store_lanes(static_cast<uint8_t*>(a.offset) + to + o, lowest_bytes<L>(best.label[0]));
-      if constexpr (kIndex) store_indices<L>(a, to + o, oy, o, best.label[kOffset] + Tap<A>(s.y.begin(oy)) * s.x.in);
+      store_narrow<L>(y + to + o, best.value);
+      if constexpr (kTaps) winners.store<L>(to + o, oy, int(o), 1, best.tap);
     };
     auto block = [&](auto whole, auto lanes, int64_t o) __attribute__((always_inline)) {
       constexpr int L = lanes;
       const T* const p = window + (o * kStride - s.x.pad);
       const int first = whole ? 0 : from, last = whole ? kKernel : until;
-      Best<A, L, kOffset + kIndex> best;
+      Best<A, L, kTaps> best;
 #pragma GCC unroll 4
       for (int r = first; r < last; r++)
 #pragma GCC unroll 4
         for (int t = 0; t < kKernel; t++) {
           const auto v = strided<L, kStride>(p + int64_t(r) * s.x.in, t, kStride);
-          with_labels(lanes, r, t, [&](const auto&... labels) __attribute__((always_inline)) {
-            if (r == first && t == 0)
-              best = {v, {labels...}};
-            else
-              best.take(v, labels...);
-          });
+          const auto tap = lanes_of<L>(Tap<A>(r * kKernel + t));
+          if (r == first && t == 0)
+            best = {v, tap};
+          else
+            best.take(v, tap);
         }
       store(lanes, o, best);
     };
     auto edge = [&](int o) {
-      constexpr std::integral_constant<int, 16 / sizeof(A)> same;  // in vectors, as branches would be taken at random
+      constexpr int L = 16 / sizeof(A);  // in vectors, as branches would be taken at random
       const int first = s.x.first_tap(o), last = s.x.end_tap(o);
-      Best<A, same, kOffset + kIndex> best;
+      Best<A, L, kTaps> best;
       for (int r = from; r < until; r++)
         for (int t = first; t < last; t++) {
-          const auto v = lanes_of<same>(A(window[int64_t(r) * s.x.in + position(s.x, o, t)]));
-          with_labels(same, r, t, [&](const auto&... labels) __attribute__((always_inline)) {
-            if (r == from && t == first)
-              best = {v, {labels...}};
-            else
-              best.take(v, labels...);
-          });
+          const auto v = lanes_of<L>(A(window[int64_t(r) * s.x.in + position(s.x, o, t)]));
+          const auto tap = lanes_of<L>(Tap<A>(r * kKernel + t));
+          if (r == from && t == first)
+            best = {v, tap};
+          else
+            best.take(v, tap);
         }
-      Best<A, 1, kOffset + kIndex> one;
-      one.value[0] = best.value[0];
-      for (int i = 0; i < kOffset + kIndex; i++) one.label[i][0] = best.label[i][0];
+      Best<A, 1, kTaps> one;
+      one.value[0] = best.value[0], one.tap[0] = best.tap[0];
       store(std::integral_constant<int, 1>(), o, one);
     };
     for (int o = 0; o < inside.begin; o++) edge(o);
@@ -304,15 +303,15 @@ void pool_planes(const MaxPool2dForward& a) {
   parallel(a.threads, [&](Team team) {
     const Ring<T> ring(s, {static_cast<char*>(a.workspace) + team.rank * bytes});
     for_rows(team, s.n, s.y.out, [&](int64_t plane, int begin, int end) {
-      with_wanted(a, [&](auto offset, auto index) {
+      with_wanted(a, [&](auto taps) {
         // Registers are for the types that networks have; float64's many would take long to compile.
         if constexpr (!std::is_same_v<T, double>)
-          if (small && stride == 2 && kernel == 2) return pool_small<2, 2, offset, index, T>(a, plane, begin, end);
+          if (small && stride == 2 && kernel == 2) return pool_small<2, 2, taps, T>(a, plane, begin, end);
         if constexpr (std::is_same_v<T, float>) {  // 16-bit rows would be widened for each window that they are in
-          if (small && stride == 2 && kernel == 3) return pool_small<2, 3, offset, index, T>(a, plane, begin, end);
-          if (small && stride == 1 && kernel == 3) return pool_small<1, 3, offset, index, T>(a, plane, begin, end);
+          if (small && stride == 2 && kernel == 3) return pool_small<2, 3, taps, T>(a, plane, begin, end);
+          if (small && stride == 1 && kernel == 3) return pool_small<1, 3, taps, T>(a, plane, begin, end);
         }
-        pool_plane<offset.value, index.value>(a, ring, plane, begin, end);
+        pool_plane<taps.value>(a, ring, plane, begin, end);
       });
     });
   });
@@ -321,63 +320,43 @@ void pool_planes(const MaxPool2dForward& a) {
 // ---- Channels -------------------------------------------------------------------------------------------------------
 
 // L * kVectors channels of one output pixel.  x: the first of them in the window's first pixel.
-template <int L, int kVectors, bool kOffset, bool kIndex, class T>
-[[gnu::always_inline]] inline void pool_channels(const MaxPool2dForward& a, const T* x, int oy, int ox, int64_t to) {
+template <int L, int kVectors, bool kTaps, class T>
+[[gnu::always_inline]] inline void pool_channels(const MaxPool2dForward& a, const Winners& winners, const T* x, int oy,
+                                                 int ox, int64_t to) {
   using A = Accumulate<T>;
-  const PoolShape& s = a.shape;
+  const PoolShape& s = winners.shape;
   const int first_row = s.y.first_tap(oy), end_row = s.y.end_tap(oy);
   const int first = s.x.first_tap(ox), end = s.x.end_tap(ox);
-  const bool huge = is_huge(s);
-  Best<A, L, kOffset + kIndex> best[kVectors];
-  auto take = [&](int row, int column, auto&& with) {
-    const Tap<A> tap = row * s.x.kernel + column;
-    if constexpr (kOffset && kIndex)
-      with(lanes_of<L>(tap), lanes_of<L>(huge ? tap : Tap<A>(index_of(s, oy, ox, row, column))));
-    else if constexpr (kOffset)
-      with(lanes_of<L>(tap));
-    else if constexpr (kIndex)
-      with(lanes_of<L>(huge ? tap : Tap<A>(index_of(s, oy, ox, row, column))));
-    else
-      with();
-  };
-  take(first_row, first, [&](const auto&... labels) {
-    for (auto& b : best) b = {lanes_of<L>(-std::numeric_limits<A>::infinity()), {labels...}};
-  });
+  auto tap = [&](int row, int column) { return lanes_of<L>(Tap<A>(winners.number(row, column))); };
+  Best<A, L, kTaps> best[kVectors];
+  for (auto& b : best) b = {lanes_of<L>(-std::numeric_limits<A>::infinity()), tap(first_row, first)};
   for (int row = first_row; row < end_row; row++) {
     const T* p = x + (int64_t(row) * s.y.dilation * s.x.in + int64_t(first) * s.x.dilation) * s.c;
     for (int column = first; column < end; column++, p += s.x.dilation * s.c)
-      take(row, column, [&](const auto&... labels) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; v++) best[v].take(load_wide<L>(p + v * L), labels...);
-      });
+      for (int v = 0; v < kVectors; v++) best[v].take(load_wide<L>(p + v * L), tap(row, column));
   }
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; v++) {
     store_narrow<L>(static_cast<T*>(a.y) + to + v * L, best[v].value);
-    if constexpr (kOffset) store_offsets<L>(a.offset, s.offset_bytes(), to + v * L, best[v].label[0]);
-    if constexpr (kIndex) {
-      const auto label = best[v].label[kOffset];
-      if (huge)
-        for (int i = 0; i < L; i++) a.indices[to + v * L + i] = index_of(s, oy, ox, label[i]);
-      else
-        store_lanes(a.indices + to + v * L, __builtin_convertvector(label, Lanes<int64_t, L>));
-    }
+    if constexpr (kTaps) winners.store<L>(to + v * L, oy, ox, 0, best[v].tap);
   }
 }
 
-template <bool kOffset, bool kIndex, class T>
+template <bool kTaps, class T>
 void pool_pixels(const MaxPool2dForward& a, int64_t n, int oy) {
   constexpr int L = kPoolLanes, kVectors = 4;
-  const PoolShape& s = a.shape;
+  const Winners winners(a, true);
+  const PoolShape& s = winners.shape;
   const T* const x = static_cast<const T*>(a.x) + (n * s.y.in + s.y.begin(oy)) * s.x.in * s.c;
   for (int ox = 0; ox < s.x.out; ox++) {
     const T* const window = x + int64_t(s.x.begin(ox)) * s.c;
     const int64_t to = ((n * s.y.out + oy) * s.x.out + ox) * s.c;
     int64_t c = 0;
     for (; c + kVectors * L <= s.c; c += kVectors * L)
-      pool_channels<L, kVectors, kOffset, kIndex>(a, window + c, oy, ox, to + c);
+      pool_channels<L, kVectors, kTaps>(a, winners, window + c, oy, ox, to + c);
     for_blocks(c, s.c, [&](auto lanes, int64_t i) {
-      pool_channels<decltype(lanes)::value, 1, kOffset, kIndex>(a, window + i, oy, ox, to + i);
+      pool_channels<decltype(lanes)::value, 1, kTaps>(a, winners, window + i, oy, ox, to + i);
     });
   }
 }
@@ -400,8 +379,8 @@ void max_pool2d_forward(const MaxPool2dForward& a) {
     if (s.c == 1) return pool_planes<T>(a);
     parallel(a.threads, [&](Team team) {
       for_rows(team, s.n, s.y.out, [&](int64_t n, int begin, int end) {
-        with_wanted(a, [&](auto offset, auto index) {
-          for (int oy = begin; oy < end; oy++) pool_pixels<offset.value, index.value, T>(a, n, oy);
+        with_wanted(a, [&](auto taps) {
+          for (int oy = begin; oy < end; oy++) pool_pixels<taps.value, T>(a, n, oy);
         });
       });
     });

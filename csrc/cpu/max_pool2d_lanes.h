@@ -45,12 +45,9 @@ template <class F>
   constexpr int L = kPoolLanes, kHalf = L / 2;
   const int64_t n = end - begin;
   if (n >= L) {
-    int64_t i = begin;
-    for (; i + L <= end; i += L) f(std::integral_constant<int, L>(), i);
-    if (i < end) f(std::integral_constant<int, L>(), end - L);
+    for (int64_t i = begin; i < end; i += L) f(std::integral_constant<int, L>(), std::min(i, end - L));
   } else if (n >= kHalf) {
-    f(std::integral_constant<int, kHalf>(), begin);
-    if (n > kHalf) f(std::integral_constant<int, kHalf>(), end - kHalf);
+    for (int64_t i = begin; i < end; i += kHalf) f(std::integral_constant<int, kHalf>(), std::min(i, end - kHalf));
   } else {
     for (int64_t i = begin; i < end; i++) f(std::integral_constant<int, 1>(), i);
   }
@@ -62,20 +59,16 @@ template <int L, class T>
   return v - Lanes<T, L>{};  // not a sum, which would make -0 into 0
 }
 
-// The greatest values so far, and for each of up to two kinds of labels which one came with it.
-template <class A, int L, int kLabels>
+// The greatest values so far, and which tap each of them came from, if that is wanted.
+template <class A, int L, bool kTaps>
 struct Best {
-  using Label = Lanes<Tap<A>, L>;
   Lanes<A, L> value;
-  Label label[kLabels + 1];  // one more than there is, as none is no array
+  Lanes<Tap<A>, L> tap;
 
-  template <class... Labels>
-  [[gnu::always_inline]] inline void take(const Lanes<A, L>& v, const Labels&... labels) {
-    static_assert(sizeof...(labels) == kLabels);
+  [[gnu::always_inline]] inline void take(const Lanes<A, L>& v, const Lanes<Tap<A>, L>& t) {
     const auto better = (v > value) | (v != v);
     value = better ? v : value;
-    int i = 0;
-    ((label[i] = better ? labels : label[i], i++), ...);
+    if constexpr (kTaps) tap = better ? t : tap;
   }
 };
 
@@ -89,12 +82,9 @@ template <int kFirst, class V, int... i>
 // ---- 16-bit types ---------------------------------------------------------------------------------------------------
 
 // to[i] = from[i], from or to a 16-bit type; a row's end may be written more than once.
-template <class T>
-inline void widen_row(const T* from, float* to, int64_t n) {
-  for_packs<T>(n, [&](int64_t i, auto count, auto) { store(to + i, load(from + i, count), count); });
-}
-template <class T>
-inline void narrow_row(const float* from, T* to, int64_t n) {
+template <class From, class To>
+inline void copy_row(const From* from, To* to, int64_t n) {
+  using T = std::conditional_t<sizeof(From) < sizeof(To), From, To>;
   for_packs<T>(n, [&](int64_t i, auto count, auto) { store(to + i, load(from + i, count), count); });
 }
 
