@@ -114,8 +114,7 @@ at::MemoryFormat weight_format(const Tensor& weight) {
                                                                           : at::MemoryFormat::Contiguous;
 }
 
-ConvShape shape_of(const Tensor& x, const Tensor& weight, const ConvWindow& w, at::MemoryFormat format,
-                   Device device) {
+ConvShape shape_of(const Tensor& x, const Tensor& weight, const ConvWindow& w, at::MemoryFormat format, Device device) {
   auto axis = [&](int d) {
     const int64_t in = x.size(2 + d), kernel = weight.size(2 + d);
     return ConvAxis{int(in),           int(w.output(in, kernel, d).expect_int()),

@@ -79,8 +79,8 @@ struct Conv2dForward {
   void* packed;
   bool is_packed;   // it is there already, and `weight` is not looked at
   void* workspace;  // as many bytes as ..._workspace() says; uninitialised
-  int threads;            // at most, for the CPU kernels
-  bool tf32;              // whether float32 may be rounded to tf32 in products
+  int threads;      // at most, for the CPU kernels
+  bool tf32;        // whether float32 may be rounded to tf32 in products
 };
 
 struct Conv2dBackwardInput {

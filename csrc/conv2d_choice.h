@@ -56,9 +56,15 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate)
   // Groups of few channels leave the lanes of a matrix product empty; pixels fill them.
   if (s.groups > 1) {
     if (s.ci == 1 && s.co == 1) {
-      // Short rows leave torch's kernels in the caches, and ours with much to do between them.
+      // Short rows leave torch's kernels in the caches, and ours with much to do between them.  Forward in
+      // channels_last ours are ahead in the arithmetic of large windows, and where torch pays for fresh pages in every
+      // call.
       const int width = std::min(s.x.in, s.x.out);
-      if (takes(ConvAlgorithm::kDepthwise, planes || width >= 20)) return ConvAlgorithm::kDepthwise;
+      const bool fresh = m.results * 4 > (int64_t(32) << 20);
+      if (takes(ConvAlgorithm::kDepthwise, planes || (to_weight && width >= 20) || fresh ||
+                                               (forward ? s.taps() >= 49 && width >= 20
+                                                        : width >= 40 || (width >= 20 && (strides || s.taps() >= 25)))))
+        return ConvAlgorithm::kDepthwise;
       if (takes(ConvAlgorithm::kDirect, to_weight && planes && width >= 12)) return ConvAlgorithm::kDirect;
       return ConvAlgorithm::kTorch;
     }
