@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/TensorImpl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <mutex>
@@ -112,7 +113,10 @@ PackedFilters::PackedFilters(const at::Tensor& weight, ConvAlgorithm algorithm, 
       e.data = weight.const_data_ptr(), e.version = version(weight), e.algorithm = algorithm, e.groups = groups;
       e.calls = 0;
     }
-    if (e.calls++ < kCallsBefore) return;
+    if (e.calls < kCallsBefore) {
+      e.calls++;
+      return;
+    }
     if (e.packed.defined())
       packed_ = e.packed, content = e.content;
     else if (s.bytes + bytes > kMostBytes)

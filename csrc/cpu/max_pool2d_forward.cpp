@@ -42,7 +42,8 @@ struct Winners {
   int bytes;        // of an offset
   bool fits;        // places fit the lanes, and tap / kernel is exact in float32
   bool places;      // in place of a tap's number there is its place from where the window begins
-  int column, row;  // from one tap to the next, and what is added for each row
+  int column, row;  // from one tap's place to the next, and what is added for each row
+  int next;         // from one tap's number() to the next
   float inverse;
 
   // by_place: whether the kernel numbers taps by number(), as places where those are all that is wanted
@@ -52,13 +53,18 @@ struct Winners {
     fits = !is_huge(shape) && int64_t(y.kernel) * x.kernel <= 1 << 20;
     column = x.dilation, row = int(int64_t(y.dilation) * x.in - int64_t(x.kernel) * x.dilation);
     inverse = 1.f / float(x.kernel), places = by_place && fits && !offset;
+    next = places ? x.dilation : 1;
   }
   int64_t number(int64_t row, int64_t column) const {
     return places ? row * shape.y.dilation * shape.x.in + column * shape.x.dilation : row * shape.x.kernel + column;
   }
-  // Outputs from element `at` on: the first of them at (oy, ox), the others `next` columns further each.
+  // Where the window of (oy, ox) begins, for store(); computed there it would be computed for every vector.
+  int place(int oy, int ox) const { return indices && fits ? int(index_of(shape, oy, ox, 0, 0)) : 0; }
+
+  // Outputs from element `at` on: the first of them at (oy, ox), whose place is `place`, the others `next` columns
+  // further each.
   template <int L, class V>
-  [[gnu::always_inline]] inline void store(int64_t at, int oy, int ox, int next, V tap) const {
+  [[gnu::always_inline]] inline void store(int64_t at, int oy, int ox, int place, int next, V tap) const {
     if (offset) store_offsets<L>(offset, bytes, at, tap);
     if (!indices) return;
     if (!fits) {
@@ -70,7 +76,7 @@ struct Winners {
     Int lane;
     for (int i = 0; i < L; i++) lane[i] = i;
     const Int t = __builtin_convertvector(tap, Int);
-    Int index = t + lane * (next * shape.x.stride) + int(index_of(shape, oy, ox, 0, 0));
+    Int index = t + lane * (next * shape.x.stride) + place;
     if (!places) {
       const Int rows = __builtin_convertvector((__builtin_convertvector(t, Float) + 0.5f) * inverse, Int);
       index += t * (column - 1) + rows * row;
@@ -161,6 +167,7 @@ void finish_row(const MaxPool2dForward& a, const Winners winners, const Ring<T>&
   using A = Accumulate<T>;
   const PoolShape& s = winners.shape;
   const int64_t to = (plane * s.y.out + oy) * s.x.out;
+  const int place = winners.place(oy, 0);
   A* const y = ring.kWidens ? ring.output : reinterpret_cast<A*>(static_cast<T*>(a.y) + to);
   const int rows = kRows ? kRows : count;
   typename Ring<T>::Row few[kRows + 1];
@@ -177,7 +184,7 @@ void finish_row(const MaxPool2dForward& a, const Winners winners, const Ring<T>&
 #pragma GCC unroll 4
     for (int i = 1; i < rows; i++) best.take(value(i), tap(i));
     store_lanes(y + o, best.value);
-    if constexpr (kTaps) winners.store<L>(to + o, oy, int(o), 1, best.tap);
+    if constexpr (kTaps) winners.store<L>(to + o, oy, int(o), place + int(o) * s.x.stride, 1, best.tap);
   });
   if constexpr (ring.kWidens) copy_row(ring.output, static_cast<T*>(a.y) + to, s.x.out);
 }
@@ -241,12 +248,13 @@ void pool_small(const MaxPool2dForward& a, int64_t plane, int begin, int end) {
   T* const y = static_cast<T*>(a.y);
   for (int oy = begin; oy < end; oy++) {
     const int64_t to = (plane * s.y.out + oy) * s.x.out;
+    const int place = winners.place(oy, 0);
     const T* const window = x + int64_t(s.y.begin(oy)) * s.x.in;
     const int from = s.y.first_tap(oy), until = s.y.end_tap(oy);
     auto store = [&](auto lanes, int64_t o, const auto& best) __attribute__((always_inline)) {
       constexpr int L = lanes;
       store_narrow<L>(y + to + o, best.value);
-      if constexpr (kTaps) winners.store<L>(to + o, oy, int(o), 1, best.tap);
+      if constexpr (kTaps) winners.store<L>(to + o, oy, int(o), place + int(o) * s.x.stride, 1, best.tap);
     };
     auto block = [&](auto whole, auto lanes, int64_t o) __attribute__((always_inline)) {
       constexpr int L = lanes;
@@ -322,24 +330,25 @@ void pool_planes(const MaxPool2dForward& a) {
 // L * kVectors channels of one output pixel.  x: the first of them in the window's first pixel.
 template <int L, int kVectors, bool kTaps, class T>
 [[gnu::always_inline]] inline void pool_channels(const MaxPool2dForward& a, const Winners& winners, const T* x, int oy,
-                                                 int ox, int64_t to) {
+                                                 int ox, int place, int64_t to) {
   using A = Accumulate<T>;
   const PoolShape& s = winners.shape;
   const int first_row = s.y.first_tap(oy), end_row = s.y.end_tap(oy);
   const int first = s.x.first_tap(ox), end = s.x.end_tap(ox);
-  auto tap = [&](int row, int column) { return lanes_of<L>(Tap<A>(winners.number(row, column))); };
   Best<A, L, kTaps> best[kVectors];
-  for (auto& b : best) b = {lanes_of<L>(-std::numeric_limits<A>::infinity()), tap(first_row, first)};
+  for (auto& b : best)
+    b = {lanes_of<L>(-std::numeric_limits<A>::infinity()), lanes_of<L>(Tap<A>(winners.number(first_row, first)))};
   for (int row = first_row; row < end_row; row++) {
     const T* p = x + (int64_t(row) * s.y.dilation * s.x.in + int64_t(first) * s.x.dilation) * s.c;
-    for (int column = first; column < end; column++, p += s.x.dilation * s.c)
+    Tap<A> tap = Tap<A>(winners.number(row, first));
+    for (int column = first; column < end; column++, p += s.x.dilation * s.c, tap += winners.next)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; v++) best[v].take(load_wide<L>(p + v * L), tap(row, column));
+      for (int v = 0; v < kVectors; v++) best[v].take(load_wide<L>(p + v * L), lanes_of<L>(tap));
   }
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; v++) {
     store_narrow<L>(static_cast<T*>(a.y) + to + v * L, best[v].value);
-    if constexpr (kTaps) winners.store<L>(to + v * L, oy, ox, 0, best[v].tap);
+    if constexpr (kTaps) winners.store<L>(to + v * L, oy, ox, place, 0, best[v].tap);
   }
 }
 
@@ -352,11 +361,12 @@ void pool_pixels(const MaxPool2dForward& a, int64_t n, int oy) {
   for (int ox = 0; ox < s.x.out; ox++) {
     const T* const window = x + int64_t(s.x.begin(ox)) * s.c;
     const int64_t to = ((n * s.y.out + oy) * s.x.out + ox) * s.c;
+    const int place = winners.place(oy, ox);
     int64_t c = 0;
     for (; c + kVectors * L <= s.c; c += kVectors * L)
-      pool_channels<L, kVectors, kTaps>(a, winners, window + c, oy, ox, to + c);
+      pool_channels<L, kVectors, kTaps>(a, winners, window + c, oy, ox, place, to + c);
     for_blocks(c, s.c, [&](auto lanes, int64_t i) {
-      pool_channels<decltype(lanes)::value, 1, kTaps>(a, winners, window + i, oy, ox, to + i);
+      pool_channels<decltype(lanes)::value, 1, kTaps>(a, winners, window + i, oy, ox, place, to + i);
     });
   }
 }
