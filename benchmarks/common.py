@@ -51,6 +51,7 @@ class Row:
     speedup: dict[str, float] = field(default_factory=dict)
     their_ms: dict[str, float] = field(default_factory=dict)
     warm_ms: float | None = None  # CUDA: without flushing the L2 cache
+    extra_mb: float | None = None  # CPU: the most that a call holds beside its arguments and results
 
 
 def check(case: Case) -> None:
@@ -82,6 +83,11 @@ def peak_bytes(run: Run) -> int:
         now += size
         most = max(most, now)
     return most
+
+
+def result_bytes(results: Any) -> int:
+    tensors = (t for t in torch.utils._pytree.tree_leaves(results) if isinstance(t, torch.Tensor))
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _seconds(run: Run, threads: int) -> float:
@@ -143,6 +149,7 @@ def measure(
                     copies[key] = time_cuda(case.copy, 0.1)
                 copy_s = copies[key]
             else:
+                row.extra_mb = max(0, peak_bytes(case.ours) - result_bytes(case.ours())) / 1e6
                 for name, theirs in case.theirs.items():
                     ours_s, theirs_s, row.speedup[name] = time_cpu(case.ours, theirs, threads, seconds)
                     row.their_ms[name] = theirs_s * 1e3
@@ -186,7 +193,7 @@ def machine(device: str, threads: int) -> dict[str, Any]:
 def table(rows: list[Row]) -> str:
     """The rows as aligned text."""
     others = list(dict.fromkeys(name for row in rows for name in row.speedup))
-    head = ["op", "shape", "layout", "dtype", "what", "ms", *(f"vs {o}" for o in others), "GB/s", "of copy"]
+    head = ["op", "shape", "layout", "dtype", "what", "ms", *(f"vs {o}" for o in others), "GB/s", "of copy", "extra MB"]
     body = [
         [
             row.op,
@@ -198,6 +205,7 @@ def table(rows: list[Row]) -> str:
             *(f"{row.speedup[o]:.2f}x" if o in row.speedup else "-" for o in others),
             f"{row.gb_per_s:.0f}",
             f"{row.share_of_copy:.0%}",
+            "-" if row.extra_mb is None else f"{row.extra_mb:.1f}",
         ]
         for row in rows
     ]

@@ -1,7 +1,6 @@
 """Convolution's cases: layers of real networks, each pass by every algorithm, torch's own beside it.
 
-`auto` is what fastnorm takes; the other rows show what it chose from. MB is the memory that an algorithm holds beside
-its results and arguments (of torch's, which it may be, what torch's own allocator saw). With --precision high, as with
+`auto` is what fastnorm takes; the other rows show what it chose from. With --precision high, as with
 torch.set_float32_matmul_precision("high"), Winograd's algorithm is among that. The share of copy is that of the fewest
 bytes, which few convolutions are bound by.
 """
@@ -16,7 +15,7 @@ from torch import Tensor
 from fastnorm import Conv2d
 from fastnorm.functional import conv2d
 
-from .common import Case, peak_bytes
+from .common import Case
 from .norms import theirs
 
 # (n, ci, co, height and width), (kernel, stride, padding, groups)
@@ -82,10 +81,6 @@ class Bench:
     def case(self, what: str, floor: int, run: Callable, ours: Any, eager: Any, tolerance: float) -> Case:
         target, size = torch.empty_like(self.x), self.x.numel() * self.x.element_size()
         tolerance = 2e-2 if self.x.element_size() == 2 else tolerance
-        if self.x.is_cpu:
-            results = torch.utils._pytree.tree_leaves(run(ours))
-            extra = peak_bytes(lambda: run(ours)) - sum(t.numel() * t.element_size() for t in results)
-            what += f" {extra / 1e6:.1f} MB"
         return Case(
             "conv2d", tuple(self.x.shape), self.layout, self.dtype, f"{self.name} {what}", floor,
             lambda: run(ours), theirs(run, eager, self.against), tolerance,

@@ -18,7 +18,6 @@
 #include <tuple>
 
 #include "conv2d_choice.h"
-#include "conv2d_filters.h"
 #include "conv2d_host.h"
 
 namespace fastnorm {
@@ -108,12 +107,6 @@ at::MemoryFormat format_of(const Tensor& x, const Tensor& weight) {
   return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
-// That in which a weight is read and its gradient is made, as autograd would copy one in another.
-at::MemoryFormat weight_format(const Tensor& weight) {
-  return weight.suggest_memory_format() == at::MemoryFormat::ChannelsLast ? at::MemoryFormat::ChannelsLast
-                                                                          : at::MemoryFormat::Contiguous;
-}
-
 ConvShape shape_of(const Tensor& x, const Tensor& weight, const ConvWindow& w, at::MemoryFormat format, Device device) {
   auto axis = [&](int d) {
     const int64_t in = x.size(2 + d), kernel = weight.size(2 + d);
@@ -129,11 +122,11 @@ ConvShape shape_of(const Tensor& x, const Tensor& weight, const ConvWindow& w, a
           axis(1),
           format == at::MemoryFormat::ChannelsLast,
           dtype_of(x, kOp, "input"),
-          device == Device::kCpu && weight_format(weight) == at::MemoryFormat::ChannelsLast};
+          device == Device::kCpu && weight.suggest_memory_format() == at::MemoryFormat::ChannelsLast};
 }
 
-Tensor dense(const Tensor& weight, const ConvShape& s) {
-  return weight.contiguous(s.weight_channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+at::MemoryFormat weight_format(const ConvShape& s) {
+  return s.weight_channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
 // Nothing to compute, or no terms to add up: torch's own operators know every such case.
@@ -211,10 +204,9 @@ FASTNORM_CONV2D_RUN(Conv2dBackwardWeight, backward_weight,
                     FASTNORM_CONV2D_CASE(kWinograd, winograd, backward_weight))
 // clang-format on
 
-// Of a weight that is worth keeping in the kernel's form.
-size_t packed_bytes(ConvAlgorithm algorithm, const Conv2dForward& a, Device device) {
+// Of a weight in the kernel's form; 0 for kernels that pack it as fast as it is compared.
+size_t packed_bytes(ConvAlgorithm algorithm, const Conv2dForward& a) {
 #ifndef FASTNORM_CUDA_EMULATION
-  if (device != Device::kCpu) return 0;
   if (algorithm == ConvAlgorithm::kIm2col) return cpu::conv2d_im2col_packed(a);
   if (algorithm == ConvAlgorithm::kWinograd) return cpu::conv2d_winograd_packed(a);
 #endif
@@ -246,17 +238,19 @@ Tensor conv2d_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
     return (kind == Activation::kRelu ? at::relu_(z) : torch_activate(kind, z, negative_slope)).contiguous(format);
   }
   Tensor y = empty();
-  const Tensor dense_x = x.contiguous(format), dense_weight = dense(weight, shape);
+  const Tensor dense_x = x.contiguous(format), dense_weight = weight.contiguous(weight_format(shape));
   const OptionalTensor dense_bias = contiguous(bias);
   Conv2dForward a{};
   a.shape = shape, a.x = dense_x.const_data_ptr(), a.weight = dense_weight.const_data_ptr();
   a.bias = data_or_null(dense_bias), a.y = y.mutable_data_ptr();
   a.activation = kind, a.negative_slope = negative_slope;
-  const size_t packed = dense_weight.is_same(weight) ? packed_bytes(chosen, a, device) : 0;
-  PackedFilters filters(weight, chosen, shape.groups, packed);
-  a.packed = filters.memory(), a.is_packed = filters.ready();
+  std::optional<PackedFilters> filters;
+  if (device == Device::kCpu && dense_weight.is_same(weight)) {
+    filters.emplace(weight, chosen, shape.groups, [&] { return packed_bytes(chosen, a); });
+    a.packed = filters->memory(), a.is_packed = filters->ready();
+  }
   run(chosen, a, y, device);
-  filters.keep();
+  if (filters) filters->keep();
   return y;
 }
 
@@ -280,7 +274,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& dy, const Tenso
   const Device device = device_of(x, kOp);
   const auto plain = x.options().memory_format(at::MemoryFormat::Contiguous);
   auto empty_dx = [&] { return at::empty_symint(x.sym_sizes(), x.options().memory_format(format)); };
-  const auto dweight_format = weight_format(weight);
+  const auto dweight_format = weight.suggest_memory_format();  // in another autograd would copy it
   auto empty_dweight = [&](at::MemoryFormat f) { return at::empty_symint(weight.sym_sizes(), plain.memory_format(f)); };
   auto empty_dbias = [&] { return at::empty_symint({weight.sym_size(0)}, plain); };
   Tensor result[3];
@@ -313,14 +307,14 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& dy, const Tenso
   const Tensor dense_dy = dy.contiguous(format);
   if (want_dx && !torch_mask[0]) {
     result[0] = empty_dx();
-    const Tensor dense_weight = dense(weight, shape);
+    const Tensor dense_weight = weight.contiguous(weight_format(shape));
     Conv2dBackwardInput a{};
     a.shape = shape, a.dy = dense_dy.const_data_ptr(), a.weight = dense_weight.const_data_ptr();
     a.dx = result[0].mutable_data_ptr();
     run(for_dx, a, dense_dy, device);
   }
   if (want_dweight && !torch_mask[1]) {
-    result[1] = empty_dweight(shape.weight_channels_last ? dweight_format : at::MemoryFormat::Contiguous);
+    result[1] = empty_dweight(weight_format(shape));
     if (want_dbias) result[2] = empty_dbias();
     const Tensor dense_x = x.contiguous(format);
     Conv2dBackwardWeight a{};

@@ -19,8 +19,7 @@ inline bool computes(ConvAlgorithm algorithm, const ConvShape& s, ConvPass pass)
   }
 }
 
-// What a choice looks at: channels of a group that are read and made, results, and their pixels and
-// tiles of 4x4 pixels.
+// What a choice looks at: channels of a group that are read and made, results, their pixels and tiles of 4x4 of these.
 struct ConvMeasure {
   int64_t terms, made, results, pixels, tiles;
 
@@ -56,15 +55,14 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate)
   // Groups of few channels leave the lanes of a matrix product empty; pixels fill them.
   if (s.groups > 1) {
     if (s.ci == 1 && s.co == 1) {
-      // Short rows leave torch's kernels in the caches, and ours with much to do between them.  Forward in
-      // channels_last ours are ahead in the arithmetic of large windows, and where torch pays for fresh pages in every
-      // call.
+      // Short rows leave torch's kernels in the caches, and ours with much to do between them.  In channels_last
+      // torch's are ahead in the arithmetic of small windows, and behind where they pay for fresh pages in every call.
       const int width = std::min(s.x.in, s.x.out);
-      const bool fresh = m.results * 4 > (int64_t(32) << 20);
-      if (takes(ConvAlgorithm::kDepthwise, planes || (to_weight && width >= 20) || fresh ||
-                                               (forward ? s.taps() >= 49 && width >= 20
-                                                        : width >= 40 || (width >= 20 && (strides || s.taps() >= 25)))))
-        return ConvAlgorithm::kDepthwise;
+      const bool wide = width >= 20, fresh = m.results * 4 > (int64_t(32) << 20);
+      const bool ahead = to_weight ? wide
+                         : forward ? fresh || (wide && s.taps() >= 49)
+                                   : fresh || width >= 40 || (wide && (strides || s.taps() >= 25));
+      if (takes(ConvAlgorithm::kDepthwise, planes || ahead)) return ConvAlgorithm::kDepthwise;
       if (takes(ConvAlgorithm::kDirect, to_weight && planes && width >= 12)) return ConvAlgorithm::kDirect;
       return ConvAlgorithm::kTorch;
     }
@@ -83,20 +81,21 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate)
     return ConvAlgorithm::kDirect;
   if (takes(ConvAlgorithm::kDirect, !planes && m.terms <= 16 && m.made <= 6)) return ConvAlgorithm::kDirect;
   if (forward && planes && m.terms < 16) return ConvAlgorithm::kIm2col;
-  // oneDNN converts planes to layouts of its own and back, and turns channels_last weights' gradients round.
+  // oneDNN converts planes to layouts of its own and back, and turns channels_last weights' gradients round; of many
+  // filters it changes the layout in every call, which shows where they meet few pixels.
   const int64_t weights = s.ci * s.co;
   const bool dense = s.taps() == 9 && !strides, few = m.pixels <= 256;
+  const bool many_filters = weights >= 512 * 512 && m.pixels <= 2048;
   if (planes && m.terms >= 64 && m.made >= 64 && s.taps() <= 9) {
     if (to_weight ? (weights >= 256 * 256 && !few) || (strides && s.taps() == 1)
-                  : dense && weights < 512 * 512 && !few && !(forward && s.x.out >= 20))
+                  : dense && !many_filters && !few && !(forward && s.x.out >= 20))
       return ConvAlgorithm::kTorch;
     return ConvAlgorithm::kIm2col;
   }
   if (to_weight && !planes && s.ci >= 16) return ConvAlgorithm::kIm2col;
   if (to_weight) return ConvAlgorithm::kTorch;
   if (s.taps() == 1 && (strides ? m.terms >= 64 && m.made >= 64 : large)) return ConvAlgorithm::kIm2col;
-  // Many filters for few pixels: torch changes their layout in every call.
-  if (dense && weights >= 512 * 512) return ConvAlgorithm::kIm2col;
+  if (dense && many_filters && (few || s.x.out >= 7)) return ConvAlgorithm::kIm2col;
   return ConvAlgorithm::kTorch;
 }
 

@@ -1,7 +1,9 @@
-// What the host files of convolution share: its window with torch's checks, and torch's own convolution.
+// What the host files of convolution share: its window with torch's checks, torch's own convolution, packed weights.
 #pragma once
 #include <array>
+#include <functional>
 #include <tuple>
+#include <vector>
 
 #include "conv2d.h"
 #include "norm_host.h"
@@ -46,5 +48,29 @@ Tensor torch_convolution(const Tensor& x, const Tensor& weight, const OptionalTe
 std::tuple<Tensor, Tensor, Tensor> torch_convolution_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
                                                               const ConvWindow& w, std::array<bool, 3> mask);
 Tensor torch_activate(Activation activation, const Tensor& z, double negative_slope);
+
+// A weight as a forward kernel multiplies with it, kept from one call to the next where it is used again.  memory() is
+// null where the kernel is to pack it for itself: for a weight that was not in two calls before without being written
+// to between, as in training, and past a limit of memory.  What is packed depends on the weight, the algorithm and the
+// number of groups alone, whatever the input's layout and the window are.
+class PackedFilters {
+ public:
+  using Fingerprint = std::vector<std::array<uint64_t, 8>>;
+
+  // bytes(): of the packed weight, 0 to keep none; asked where it is going to be kept.
+  PackedFilters(const Tensor& weight, ConvAlgorithm algorithm, int64_t groups, const std::function<size_t()>& bytes);
+
+  void* memory() const { return packed_.defined() ? packed_.mutable_data_ptr() : nullptr; }
+  bool ready() const { return ready_; }
+  // After the kernel has written to memory(): keeps it for calls to come.
+  void keep();
+
+ private:
+  Tensor weight_, packed_;
+  ConvAlgorithm algorithm_;
+  int64_t groups_;
+  Fingerprint content_;  // of the weight before it was packed, so that no change meanwhile goes unseen
+  bool ready_ = false;
+};
 
 }  // namespace fastnorm

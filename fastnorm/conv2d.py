@@ -71,8 +71,8 @@ def conv2d(
     Memory:
         On the CPU, the third call that sees a weight which was not written to keeps it in the form in which the kernel
         multiplies, for later calls: 1 to 4 times its size, until it changes or dies, at most 512 MB for all weights.
-        Every call compares the weight itself, whatever it was written with. Training, which changes weights in every
-        step, keeps nothing.
+        Every call compares a fingerprint of all its bits, so that it does not matter how it was written to. Training,
+        which changes weights in every step, keeps nothing.
 
     Raises:
         RuntimeError: for shapes, dtypes or devices that do not go together, or a window that is not possible.

@@ -10,6 +10,7 @@ from conftest import DTYPES, LAYOUTS, to_layout
 from oracle import ACTIVATIONS, activate, error
 
 import fastnorm
+from benchmarks.common import peak_bytes
 from fastnorm.functional import conv2d
 
 # x, weight, stride, padding, dilation, groups; in each what decides between the kernels' ways.
@@ -114,7 +115,7 @@ def test_weights_gradient_has_the_weights_layout(backend, layout):
 
 
 def changes():
-    """Ways to write to a weight, of which a version counter sees the first alone."""
+    """Ways to write to a weight, most of which leave its version as it is."""
     yield lambda w: w.mul_(-1)
     yield lambda w: w.data.mul_(-1)
     yield lambda w: w.detach().numpy().__imul__(2)
@@ -139,17 +140,43 @@ def test_kept_weights_follow_every_change(algorithm, layout):
         before = check()
         change(kept)
         assert not torch.equal(check(), before)
-    # Another algorithm, grouping, and the same address with another weight.
+    # Another layout and window of the input, another algorithm, other groups, other meanings of the same bits, and the
+    # same address with another weight.
+    for other_layout, window in itertools.product(LAYOUTS, ((1, 1, 1), (1, 0, 1), (2, 2, 2))):
+        if algorithm == "im2col" or window[2] == 1:
+            y, expected = (conv2d(to_layout(x, other_layout), w, None, *window, algorithm=algorithm)
+                           for w in (kept, kept.clone()))  # fmt: skip
+            assert torch.equal(y, expected), (other_layout, window)
     other = "im2col" if algorithm == "winograd" else "winograd"
     assert torch.equal(conv2d(x, kept, padding=1, algorithm=other), conv2d(x, kept.clone(), padding=1, algorithm=other))
     wide = torch.cat([x, x], 1)
     a, b = (conv2d(wide, w, padding=1, groups=2, algorithm=algorithm) for w in (kept, kept.clone()))
     assert torch.equal(a, b)
+    square = to_layout(torch.randn(40, 40, 3, 3), layout)
+    before = [conv2d(x, square, padding=1, algorithm=algorithm) for _ in range(4)][-1]
+    other_way = to_layout(square, next(other for other in LAYOUTS if other != layout)).stride()
+    square.data = square.data.as_strided(square.shape, other_way)
+    y = conv2d(x, square, padding=1, algorithm=algorithm)
+    assert torch.equal(y, conv2d(x, square.clone(), padding=1, algorithm=algorithm)) and not torch.equal(y, before)
     for _ in range(8):
         weight = to_layout(torch.randn(36, 40, 3, 3), layout)
         results = [conv2d(x, weight, padding=1, algorithm=algorithm) for _ in range(4)]
         assert all(torch.equal(r, conv2d(x, weight.clone(), padding=1, algorithm=algorithm)) for r in results)
         del weight
+
+
+def test_which_weights_are_kept():
+    """One that stays is packed in the third call for those after it; one that is written to in between never."""
+    x, weight = torch.randn(2, 64, 4, 4), torch.randn(256, 64, 3, 3)
+    packed = 4 * weight.nbytes
+
+    def allocates_packed():
+        return peak_bytes(lambda: conv2d(x, weight, padding=1, algorithm="winograd")) >= packed
+
+    assert [allocates_packed() for _ in range(5)] == [False, False, True, False, False]
+    for _ in range(5):
+        weight.mul_(-1)
+        assert not allocates_packed()
 
 
 def test_kept_weights_from_several_threads():

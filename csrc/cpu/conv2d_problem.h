@@ -185,17 +185,19 @@ inline void with_kernel(const Args& a, F f) {
     }
   });
 }
+template <template <class> class Kernel, bool kFloat64, class Args, class F>
+inline size_t conv_bytes(const Args& a, F of) {
+  size_t bytes = 0;
+  with_kernel<Kernel, kFloat64>(a, [&](auto& kernel) { bytes = size_t(of(kernel)); });
+  return bytes;
+}
 template <template <class> class Kernel, bool kFloat64 = true, class Args>
 inline size_t conv_workspace(const Args& a) {
-  size_t bytes = 0;
-  with_kernel<Kernel, kFloat64>(a, [&](auto& kernel) { bytes = kernel.bytes(); });
-  return bytes;
+  return conv_bytes<Kernel, kFloat64>(a, [](auto& kernel) { return kernel.bytes(); });
 }
 template <template <class> class Kernel, bool kFloat64 = true>
 inline size_t conv_packed(const Conv2dForward& a) {
-  size_t bytes = 0;
-  with_kernel<Kernel, kFloat64>(a, [&](auto& kernel) { bytes = kernel.packed_bytes(); });
-  return bytes;
+  return conv_bytes<Kernel, kFloat64>(a, [](auto& kernel) { return kernel.packed_bytes(); });
 }
 template <template <class> class Kernel, bool kFloat64 = true, class Args>
 inline void conv_run(const Args& a) {

@@ -36,7 +36,7 @@ struct Product : ConvWork<T> {
 
   const int64_t pitch;  // of a tile's transformed pixels
   const Tiles tiles;
-  const bool on_the_fly, streaming;
+  const bool on_the_fly, streaming, by_depth;
   const int64_t together, depth;  // panels and terms that are worked on together
   const int64_t panel_filters;    // numbers of a panel's transformed filters
   const int64_t split;            // parts of the panels that are work items of their own
@@ -49,8 +49,9 @@ struct Product : ConvWork<T> {
         tiles(n, y.out, x.out, tiles_together(packed_bytes())),
         on_the_fly(!p.packed && (tiles.blocks.count == 1 || packed_bytes() > kMostFilters)),
         streaming(Work::streaming()),
-        together(on_the_fly && few_tiles() ? 1 : std::min(panels, kResults / kColumns)),
-        depth(on_the_fly && few_tiles() ? std::min(terms, kDepth) : terms),
+        by_depth(on_the_fly && tiles.most() <= kFewTiles),
+        together(by_depth ? 1 : std::min(panels, kResults / kColumns)),
+        depth(by_depth ? std::min(terms, kDepth) : terms),
         panel_filters(kPoints * filters_point()),
         split(Work::split_panels(tiles.blocks.count * groups)),
         memory(*this) {}
@@ -59,7 +60,6 @@ struct Product : ConvWork<T> {
   int64_t packed_bytes() const {
     return groups * panels * kPoints * spread_points(terms * kColumns) * int64_t(sizeof(A));
   }
-  bool few_tiles() const { return tiles.most() <= kFewTiles; }
   // From one point to the next of a panel's filters, of a block's pixels and of a panel's products.
   int64_t filters_point() const { return spread_points(depth * kColumns); }
   int64_t pixels_point() const { return spread_points(tiles.most() * pitch); }
@@ -110,7 +110,7 @@ struct Product : ConvWork<T> {
     const int64_t row_tiles = (count + kTileRows - 1) / kTileRows;
     for (int64_t point = 0; point < kPoints; point++) {
       const A* const pixels = own.pixels + point * pixels_point();
-      Ahead next_pixels{pixels + pixels_point(), count * pitch, row_tiles * width};
+      Ahead next_pixels{pixels + pixels_point(), begin == 0 ? count * pitch : 0, row_tiles * width};
       for (int64_t i = 0; i < width; i++) {
         const A* const filter = panel_filters_begin + i * panel_filters + point * filters_point();
         Ahead next_filter{i + 1 < width ? filter + panel_filters : filter - i * panel_filters + filters_point(),
