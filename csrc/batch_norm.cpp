@@ -40,11 +40,13 @@ void check_parameters(const OptionalTensor& weight, const OptionalTensor& bias, 
   check_parameter_dtypes(weight, bias, x, kOp);
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
-    const Tensor& x_in, const OptionalTensor& residual_in, const OptionalTensor& weight_in,
-    const OptionalTensor& bias_in, const OptionalTensor& running_mean, const OptionalTensor& running_var,
-    const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
-    std::string_view activation_name, double negative_slope, bool save_mask) {
+// in_place: y is x itself where the kernels can write to it.
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_in, const OptionalTensor& residual_in,
+                                           const OptionalTensor& weight_in, const OptionalTensor& bias_in,
+                                           const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                           const OptionalTensor& num_batches_tracked, bool training,
+                                           std::optional<double> momentum, double eps, std::string_view activation_name,
+                                           double negative_slope, bool save_mask, bool in_place) {
   const View view(x_in);
   const DType dtype = dtype_of(x_in, kOp, "input");
   const Activation activation = activation_of(activation_name, kOp);
@@ -71,10 +73,10 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
   const Tensor x = view.dense(x_in);
   const OptionalTensor residual = residual_in ? OptionalTensor(view.dense(*residual_in)) : residual_in;
   const auto options = x.options().memory_format(at::MemoryFormat::Contiguous);
-  Tensor y = at::empty_like(x);
+  const Device device = device_of(x, kOp);
+  Tensor y = in_place && device == Device::kCpu && x.is_same(x_in) ? x_in : at::empty_like(x);
   Tensor stats = at::empty_symint({3, view.c}, options.dtype(accumulate_scalar_type(x.scalar_type())));
   Tensor mask = at::empty_symint({save_mask ? view.mask_bytes() : c10::SymInt(0)}, options.dtype(at::kByte));
-  const Device device = device_of(x, kOp);
   if (device == Device::kMeta) return {y, stats, mask};
 
   auto finish = [&] {
@@ -108,6 +110,25 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
   if (training && running_mean && !mean->is_same(*running_mean)) running_mean->copy_(*mean);
   if (training && running_var && !var->is_same(*running_var)) running_var->copy_(*var);
   return finish();
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(
+    const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+    bool training, std::optional<double> momentum, double eps, std::string_view activation, double negative_slope,
+    bool save_mask) {
+  return forward(x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
+                 activation, negative_slope, save_mask, false);
+}
+
+// In evaluation mode, y in the place of x: no fresh memory, whose pages cost more than the arithmetic.
+void batch_norm_inference_(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                           const OptionalTensor& bias, const Tensor& running_mean, const Tensor& running_var,
+                           double eps, std::string_view activation, double negative_slope) {
+  const Tensor y = std::get<0>(forward(x, residual, weight, bias, running_mean, running_var, {}, false, {}, eps,
+                                       activation, negative_slope, false, true));
+  if (!y.is_same(x)) x.copy_(y);
+  x.unsafeGetTensorImpl()->bump_version();
 }
 
 // Of this batch alone, for statistics over several batches: float64 [2, c], mean and unbiased variance.
@@ -213,6 +234,10 @@ TORCH_LIBRARY_FRAGMENT(FASTNORM_LIBRARY, m) {
       "Tensor? running_var, Tensor? num_batches_tracked, bool training, float? momentum, float eps, "
       "str activation, float negative_slope, bool save_mask) -> (Tensor y, Tensor stats, Tensor mask)",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "batch_norm_inference_(Tensor(a!) x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, "
+      "Tensor running_var, float eps, str activation, float negative_slope) -> ()",
+      {at::Tag::pt2_compliant_tag});
   m.def("batch_norm_statistics(Tensor x) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def("batch_norm_backward_elementwise(Tensor dz, Tensor x, Tensor? weight, Tensor stats, Tensor means) -> Tensor",
         {at::Tag::pt2_compliant_tag});
@@ -226,6 +251,7 @@ TORCH_LIBRARY_FRAGMENT(FASTNORM_LIBRARY, m) {
 TORCH_LIBRARY_IMPL(FASTNORM_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("batch_norm_forward", fastnorm::batch_norm_forward);
   m.impl("batch_norm_forward.frozen", fastnorm::batch_norm_forward);
+  m.impl("batch_norm_inference_", fastnorm::batch_norm_inference_);
   m.impl("batch_norm_statistics", fastnorm::batch_norm_statistics);
   m.impl("batch_norm_backward", fastnorm::batch_norm_backward);
   m.impl("batch_norm_backward_elementwise", fastnorm::batch_norm_backward_elementwise);

@@ -50,6 +50,15 @@ Tensor batch_norm(const Tensor& x, const OptionalTensor& residual, const Optiona
                           num_batches_tracked, training, momentum, eps, activation, negative_slope, false));
 }
 
+void batch_norm_inference_(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                           const OptionalTensor& bias, const Tensor& running_mean, const Tensor& running_var,
+                           double eps, std::string_view activation, double negative_slope) {
+  static const auto op = find_operator<void(const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                            const OptionalTensor&, const Tensor&, const Tensor&, double,
+                                            std::string_view, double)>("fastnorm::batch_norm_inference_");
+  call(op, x, residual, weight, bias, running_mean, running_var, eps, activation, negative_slope);
+}
+
 std::pair<Tensor, Tensor> layer_norm(const Tensor& x, const OptionalTensor& addend, const OptionalTensor& residual,
                                      const OptionalTensor& weight, const OptionalTensor& bias,
                                      c10::SymIntArrayRef normalized_shape, int64_t dim, bool rms, double eps,
@@ -82,6 +91,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   });
   m.def("batch_norm", fastnorm::batch_norm, "y of torch.ops.fastnorm.batch_norm_forward");
+  m.def("batch_norm_inference_", fastnorm::batch_norm_inference_, "torch.ops.fastnorm.batch_norm_inference_");
   m.def("layer_norm", fastnorm::layer_norm, "y and sum of torch.ops.fastnorm.layer_norm_forward");
   m.def("group_norm", fastnorm::group_norm, "y and stats of torch.ops.fastnorm.group_norm_forward");
   fastnorm::bind_conv2d(m);

@@ -292,6 +292,24 @@ class FusedBatchNorm(FusedNorm):
             self.eps, activation, negative_slope,
         )  # fmt: skip
 
+    def fused_in_place(
+        self, input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float
+    ) -> Tensor:
+        running_mean, running_var = self.running_mean, self.running_var
+        # On CUDA memory that has just been freed costs nothing.
+        if (
+            self.training or running_mean is None or running_var is None or not input.is_cpu or torch.is_grad_enabled()
+            or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+        ):  # fmt: skip
+            return self.fused(input, residual, activation, negative_slope)
+        self._check_input_dim(input)
+        extension.batch_norm_inference_(
+            input, residual, self.weight, self.bias, running_mean, running_var, self.eps, activation or "none",
+            negative_slope,
+        )  # fmt: skip
+        return input
+
 
 def _doc(name: str, shape: str, input: str) -> str:
     return MODULE_DOC.format(

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import _format_import_block, _forward_from_src
-from torch.nn.modules.module import _has_any_global_hook
 from torch.package import sys_importer
 
 from . import functional
@@ -38,7 +37,7 @@ from .convert import (
     convert,
     unfuse,
 )
-from .module import FusedNorm, intercepted
+from .module import FusedNorm, intercepted, is_plain
 from .save_memory import save_memory as saving_memory
 
 # ---- What is looked for ---------------------------------------------------------------------------------------------
@@ -72,6 +71,9 @@ _NORM_FUNCTIONS = {
 
 # What a call can be fused into; a convolution adds nothing to its result.
 _FUSIBLE = (FusedNorm, Conv2d)
+
+# The forwards that make a tensor which nobody else has
+_CONVOLUTIONS = {cls.forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2d)}
 
 # Modules whose output is no view of their input
 _MAKE_NEW = (
@@ -161,6 +163,7 @@ class Match:
     convolution."""
 
     norm: fx.Node
+    made_by: fx.Node | None = None  # the convolution whose result only the norm uses
     addition: fx.Node | None = None
     residual: fx.Node | None = None
     activation: fx.Node | None = None
@@ -183,7 +186,7 @@ def _plan(name: str, module: nn.Module, left: set[int], report: ConvertReport) -
     """What a module's forward becomes; nothing where there is nothing to fuse."""
 
     def sequential(path: str, child: nn.Module) -> bool:
-        return type(child).forward is nn.Sequential.forward and _is_plain(child) and id(child) not in left
+        return type(child).forward is nn.Sequential.forward and is_plain(child) and id(child) not in left
 
     try:
         found = traces(module, sequential)
@@ -235,7 +238,7 @@ def _matches(graph: fx.Graph, root: nn.Module, left: set[int]) -> tuple[list[Mat
 
 
 def _match(norm: fx.Node, root: nn.Module) -> Match | None:
-    match = Match(norm)
+    match = Match(norm, _made_by(norm, root))
     convolution = norm.op == "call_module" and isinstance(root.get_submodule(norm.target), Conv2d)
     for user in sorted(norm.users, key=lambda u: _activation(u, root) is None):
         found = _activation(user, root)
@@ -254,6 +257,13 @@ def _match(norm: fx.Node, root: nn.Module) -> Match | None:
     return None
 
 
+def _made_by(norm: fx.Node, root: nn.Module) -> fx.Node | None:
+    x = norm.args[0]
+    if x.op != "call_module" or len(x.users) > 1:
+        return None
+    return x if type(root.get_submodule(x.target)).forward in _CONVOLUTIONS else None
+
+
 def _obstacle(match: Match, root: nn.Module, order: dict[fx.Node, int], left: set[int]) -> str | None:
     """Why a match may not become one call."""
     if len(match.norm.users) > 1:
@@ -263,7 +273,7 @@ def _obstacle(match: Match, root: nn.Module, order: dict[fx.Node, int], left: se
             module = root.get_submodule(node.target)
             if id(module) in left:
                 return "named in skip"
-            if not _is_plain(module):
+            if not is_plain(module):
                 return "has hooks" if node is match.norm else f"{node.target} has hooks"
     between = [n for n in order if order[match.norm] < order[n] < order[match.last] and n not in match.nodes()]
     seen = _may_share_memory(match.norm.args[0], root)
@@ -279,7 +289,8 @@ def _rewrite(graph: fx.Graph, match: Match) -> None:
         act = fetch(activation.target) if activation is not None and activation.op == "call_module" else None
         rest = (match.residual, act, match.name, match.slope, match.in_place)
         if norm.op == "call_module":
-            new = graph.call_function(call_norm, (fetch(norm.target), norm.args[0], *rest))
+            made_by = fetch(match.made_by.target) if match.made_by is not None else None
+            new = graph.call_function(call_norm, (fetch(norm.target), made_by, norm.args[0], *rest))
         else:
             new = graph.call_function(
                 call_norm_function, (_NORM_FUNCTIONS[norm.target], norm.args[0], *rest, *norm.args[1:]), norm.kwargs
@@ -408,18 +419,6 @@ def _describe(match: Match, root: nn.Module) -> str:
 # ---- What runs ------------------------------------------------------------------------------------------------------
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a call of the module is a call of its class's forward."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or _has_any_global_hook()
-    )
-
-
 def _fits(x: Any, residual: Any) -> bool:
     """Whether the fused kernels can add residual to what has x's shape, dtype and device."""
     if not isinstance(x, Tensor) or intercepted(x, residual):
@@ -442,19 +441,24 @@ def _finish(y: Any, residual: Any, act: nn.Module | None, name: str | None, slop
 
 
 def call_norm(
-    norm: nn.Module, x: Any, residual: Any, act: nn.Module | None, name: str | None, slope: float, in_place: bool
-) -> Any:
-    """activation(norm(x) + residual), in one call if the modules are still what was traced; act is the activation's."""
+    norm: nn.Module, made_by: nn.Module | None, x: Any, residual: Any, act: nn.Module | None, name: str | None,
+    slope: float, in_place: bool,
+) -> Any:  # fmt: skip
+    """activation(norm(x) + residual), in one call if the modules are still what was traced.
+
+    made_by: the convolution that made x for the norm alone, if one did; act: the activation's module, if it is one.
+    """
     if act is not None:
         name, slope = _module_activation(act) or (None, slope)
     if (
         isinstance(norm, _FUSIBLE)
         and norm.activation is None
-        and _is_plain(norm)
-        and (act is None or (name is not None and _is_plain(act)))
+        and is_plain(norm)
+        and (act is None or (name is not None and is_plain(act)))
         and _fits(x, residual)
     ):
-        return norm.fused(x, residual, name, slope)
+        own = made_by is not None and isinstance(norm, FusedNorm) and is_plain(made_by)
+        return (norm.fused_in_place if own else norm.fused)(x, residual, name, slope)
     return _finish(norm(x), residual, act, name, slope, in_place)
 
 
@@ -466,7 +470,7 @@ def call_norm_function(
     function = getattr(functional, norm)
     if act is not None:
         name, slope = _module_activation(act) or (None, slope)
-    if (act is None or (name is not None and _is_plain(act))) and _fits(x, residual):
+    if (act is None or (name is not None and is_plain(act))) and _fits(x, residual):
         return function(x, *args, **kwargs, activation=name, residual=residual, negative_slope=slope)
     return _finish(function(x, *args, **kwargs), residual, act, name, slope, in_place)
 
@@ -500,7 +504,7 @@ def _holds(guards: Guards, module: nn.Module, values: tuple) -> bool:
             return False
     if not all(tuple(_at(module, path)._modules) == names for path, names in guards.children):
         return False
-    return all(_is_plain(_at(module, path)) for path in guards.inlined)
+    return all(is_plain(_at(module, path)) for path in guards.inlined)
 
 
 @functools.cache

@@ -1,8 +1,10 @@
 """What the fused modules share: their extra keywords, their repr, and being leaves of a trace."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .activation import check_activation
@@ -30,6 +32,12 @@ class FusedNorm(nn.Module):
         """forward() with another activation than the module's own: what fastnorm.fuse calls."""
         raise NotImplementedError
 
+    def fused_in_place(
+        self, input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float
+    ) -> Tensor:
+        """fused() of an input that nobody else has, in whose memory the result may be."""
+        return self.fused(input, residual, activation, negative_slope)
+
     def extra_repr(self) -> str:
         text = super().extra_repr()
         if self.activation is not None:
@@ -37,6 +45,25 @@ class FusedNorm(nn.Module):
             if self.activation == "leaky_relu":
                 text += f", negative_slope={self.negative_slope}"
         return text
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a call of the module is a call of its class's forward."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    )
+
+
+def norm_of_own(norm: FusedNorm, x: Tensor, residual: Tensor | None, made_by: Iterable[nn.Module]) -> Tensor:
+    """norm(x, residual) of what those modules made for the norm alone: perhaps in the memory of x."""
+    if type(x) is Tensor and is_plain(norm) and all(map(is_plain, made_by)):
+        return norm.fused_in_place(x, residual, norm.activation, norm.negative_slope)
+    return norm(x) if residual is None else norm(x, residual)
 
 
 def intercepted(input: Any, residual: Any) -> bool:

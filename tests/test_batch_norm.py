@@ -303,3 +303,32 @@ def test_versions_of_running_statistics(backend):
     assert (a.running_mean._version, a.running_var._version) == versions
     batch_norm(a.x, a.running_mean, a.running_var, training=True)
     assert a.running_mean._version > versions[0] and a.running_var._version > versions[1]
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_inference_in_place(backend, dtype, layout, residual, activation):
+    # 49 elements of a plane and 7 channels: the last vector of a run overlaps what has been written already.
+    for shape in ((3, 7, 7, 7), (2, 65, 5, 4), (5, 6, 33), (33, 130), (2, 3, 1, 2)):
+        a = make(shape, dtype, layout, activation, residual, False, backend.device)
+        expected = by_fastnorm(a)
+        memory, version = a.x.data_ptr(), a.x._version
+        torch.ops.fastnorm.batch_norm_inference_(
+            a.x, a.residual, a.weight, a.bias, a.running_mean, a.running_var, a.eps, activation or "none", 0.01
+        )
+        assert torch.equal(a.x, expected) and a.x.stride() == expected.stride()
+        assert a.x.data_ptr() == memory and a.x._version == version + 1
+
+
+def test_inference_in_place_of_strided_memory(backend):
+    a = make((4, 7, 5, 6), training=False, device=backend.device)
+    expected, base = by_fastnorm(a), torch.zeros(4, 7, 6, 5, device=backend.device)
+    x = base.transpose(2, 3).copy_(a.x)
+    arguments = (a.weight, a.bias, a.running_mean, a.running_var, a.eps, "none", 0.01)
+    torch.ops.fastnorm.batch_norm_inference_(x, None, *arguments)
+    torch.testing.assert_close(base.transpose(2, 3), expected)
+    with pytest.raises(RuntimeError, match="residual must have the input's shape"):
+        torch.ops.fastnorm.batch_norm_inference_(x, a.x[:2], *arguments)
+    torch.testing.assert_close(x, expected)

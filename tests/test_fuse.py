@@ -287,6 +287,53 @@ def test_hooks():
     assert sorted(calls) == ["block", "bn1", "bn2", "last", "layers", "relu", "relu"]
 
 
+class KeepingConv2d(nn.Conv2d):
+    def forward(self, x):
+        self.kept = super().forward(x)
+        return self.kept
+
+
+class TwoUses(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return F.relu(self.norm(y)) * y
+
+
+def test_inference_in_the_memory_of_the_convolution(monkeypatch):
+    """A norm may overwrite the result of the convolution before it only if nobody else has that."""
+    in_place = []
+    overwrite = fastnorm._C.batch_norm_inference_
+    monkeypatch.setattr(fastnorm._C, "batch_norm_inference_", lambda x, *a: in_place.append(x) or overwrite(x, *a))
+
+    def count(model, grad=False):
+        x, plain = torch.randn(2, 3, 7, 7), copy.deepcopy(model)
+        fastnorm.revert(plain)
+        with torch.set_grad_enabled(grad):
+            expected = plain(x)
+            in_place.clear()
+            torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+        return len(in_place)
+
+    def block(conv=nn.Conv2d):
+        return nn.Sequential(conv(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+    plain = fastnorm.fuse(block()).eval()
+    assert count(plain) == 1 and count(plain, grad=True) == 0 and count(plain.train()) == 0
+    seen = []
+    handle = plain.eval()[0].register_forward_hook(lambda module, args, y: seen.append(y))
+    assert count(plain) == 0 and seen[0].min() < 0
+    handle.remove()
+    assert count(plain) == 1
+    kept = fastnorm.fuse(block(KeepingConv2d)).eval()
+    assert count(kept) == 0 and kept[0].kept.min() < 0
+    assert count(fastnorm.fuse(TwoUses()).eval()) == 0
+    assert count(fastnorm.fuse(ResidualBlock(3, 3)).eval()) == 2
+
+
 def test_changes_after_fusing():
     """A module replaced, an attribute set, a mode changed, a container extended: the forward follows."""
     model, x = ResidualNet(), torch.randn(2, 3, 16, 16)

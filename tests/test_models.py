@@ -221,6 +221,27 @@ def test_smallest_images(name):
             assert name == "googlenet", "a smaller image works too"
 
 
+@pytest.mark.parametrize("name", ["vgg11_bn", "resnet18", "densenet121", "googlenet"])
+def test_inference_leaves_what_hooks_saw(name):
+    """In inference norms write over the results of convolutions, but not where a hook may have kept one."""
+    arguments = {"init_weights": False} if name == "googlenet" else {}
+    model, x = models.create(name, num_classes=3, small_images=True, **arguments).eval(), torch.randn(2, 3, 32, 32)
+    seen = []
+
+    def keep(module, args, y):
+        seen.extend((t, t.clone()) for t in (args[0], y))
+
+    with torch.no_grad():
+        expected = model(x)
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | fastnorm.BatchNorm2d):
+                module.register_forward_hook(keep)
+        assert torch.equal(model(x), expected)
+    assert len(seen) > 10 and all(torch.equal(now, then) for now, then in seen)
+    model.requires_grad_(False)
+    assert torch.equal(model(x), expected)
+
+
 def test_errors():
     with pytest.raises(ValueError, match=r"no 'resnet19': did you mean resnet18"):
         models.create("resnet19")

@@ -93,7 +93,10 @@ template <class T, class Args, class F>
       for_z<T>(a, c, at, len, ahead, residual, [&](int64_t i, auto z, auto count, auto again) {
         if (residual && mask) store_bits(mask, i, relu_bits(z), count, again);
         if (ahead.output && !streaming) prefetch<T, true>(y + i + ahead.output);
-        store_output(y + i, raise_to(bound, z), count, again, streaming);
+        Pack<A> v = raise_to(bound, z);
+        if constexpr (!std::is_same_v<decltype(again), Zero>)
+          if (a.x == a.y) v = select(Pack<A>::first(again), load(y + i, count), v);  // x is gone there
+        store_output(y + i, v, count, again, streaming);
       });
     });
   };

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from .. import nn
-from ..module import FusedNorm
+from ..module import FusedNorm, norm_of_own
 
 NormLayer = Callable[[int], torch.nn.Module]
 
@@ -29,12 +29,36 @@ def plain_norm(norm_layer: NormLayer, channels: int) -> torch.nn.Module:
     return norm
 
 
-def norm_relu(norm: torch.nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """relu(norm(x) + residual): one call if the norm is fastnorm's."""
+def norm_relu(
+    norm: torch.nn.Module, x: Tensor, residual: Tensor | None = None, *, made_by: Iterable[torch.nn.Module] = ()
+) -> Tensor:
+    """relu(norm(x) + residual) of an x that those modules made for the norm alone: one call if it is fastnorm's."""
     if isinstance(norm, FusedNorm) and norm.activation == "relu":
-        return norm(x) if residual is None else norm(x, residual)
+        return norm_of_own(norm, x, residual, made_by)
     y = norm(x)
     return nn.functional.relu(y if residual is None else y + residual)
+
+
+def conv_norm_relu(conv: torch.nn.Module, norm: torch.nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """relu(norm(conv(x)) + residual)"""
+    return norm_relu(norm, conv(x), residual, made_by=(conv,))
+
+
+def run_layers(layers: Iterable[torch.nn.Module], x: Tensor) -> Tensor:
+    """One layer after the other; a norm may take the place of the result of the convolution before it."""
+    before = None
+    for layer in layers:
+        own = isinstance(before, nn.Conv2d) and isinstance(layer, FusedNorm)
+        x = norm_of_own(layer, x, None, (before,)) if own else layer(x)
+        before = layer
+    return x
+
+
+class Layers(nn.Sequential):
+    """A Sequential whose norms may take the place of the results of the convolutions before them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return run_layers(self, input)
 
 
 def relu_after(norm: torch.nn.Module) -> torch.nn.Module:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import nn
-from ._common import Network, NormLayer, conv_relu, variants
+from ._common import Layers, Network, NormLayer, conv_relu, variants
 
 
 class AlexNet(Network):
@@ -38,7 +38,7 @@ class AlexNet(Network):
     ) -> None:  # fmt: skip
         super().__init__(num_classes, in_channels, 15 if small_images else 63)
         block = partial(conv_relu, norm_layer)
-        self.features = nn.Sequential(
+        self.features = Layers(
             *block(in_channels, 64, *((5, 1, 2) if small_images else (11, 4, 2))), nn.MaxPool2d(3, 2),
             *block(64, 192, 5, 1, 2), nn.MaxPool2d(3, 2),
             *block(192, 384, 3, 1, 1), *block(384, 256, 3, 1, 1), *block(256, 256, 3, 1, 1), nn.MaxPool2d(3, 2),

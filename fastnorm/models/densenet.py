@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import nn
-from ._common import Network, NormLayer, initialise, norm_relu, relu_after, relu_norm, variants
+from ._common import Layers, Network, NormLayer, conv_norm_relu, initialise, norm_relu, relu_after, relu_norm, variants
 
 
 class DenseLayer(nn.Module):
@@ -23,8 +23,8 @@ class DenseLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        x = self.conv1(norm_relu(self.norm1, torch.cat(features, 1)))
-        return self.dropout(self.conv2(norm_relu(self.norm2, x)))
+        x = norm_relu(self.norm1, torch.cat(features, 1))
+        return self.dropout(self.conv2(conv_norm_relu(self.conv1, self.norm2, x)))
 
 
 class DenseBlock(nn.ModuleDict):
@@ -100,7 +100,7 @@ class DenseNet(Network):
                 channels //= 2
         norm = relu_norm(norm_layer, channels)
         layers["norm5"], layers["relu5"] = norm, relu_after(norm)
-        self.features = nn.Sequential(layers)
+        self.features = Layers(layers)
         self.classifier = nn.Linear(channels, num_classes)
         initialise(self)
         nn.init.zeros_(self.classifier.bias)

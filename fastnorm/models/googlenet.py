@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import nn
-from ._common import Network, NormLayer, initialise_truncated, norm_relu, relu_norm, variants
+from ._common import Network, NormLayer, conv_norm_relu, initialise_truncated, relu_norm, variants
 
 
 class GoogLeNetOutputs(NamedTuple):
@@ -30,7 +30,7 @@ class BasicConv2d(nn.Module):
         self.bn = relu_norm(norm_layer, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return norm_relu(self.bn, self.conv(x))
+        return conv_norm_relu(self.conv, self.bn, x)
 
 
 class Inception(nn.Module):

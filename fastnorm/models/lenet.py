@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import nn
-from ._common import Network, NormLayer, plain_norm, variants
+from ._common import Network, NormLayer, plain_norm, run_layers, variants
 
 ACTIVATIONS = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU, "tanh": nn.Tanh}
 POOLINGS = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}
@@ -78,9 +78,7 @@ class LeNet(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
-        for layer in self.children():
-            x = layer(x)
-        return x
+        return run_layers(self.children(), x)
 
 
 def lenet_sequential(**arguments: Any) -> nn.Sequential:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import nn
-from ._common import Network, NormLayer, conv_relu, variants
+from ._common import Layers, Network, NormLayer, conv_relu, variants
 
 
 class NiN(Network):
@@ -42,7 +42,7 @@ class NiN(Network):
                 layers += conv_relu(norm_layer, outputs, outputs, 1)
             return layers
 
-        self.features = nn.Sequential(
+        self.features = Layers(
             *block(in_channels, 96, *((5, 1, 2) if small_images else (11, 4, 0))), nn.MaxPool2d(3, 2),
             *block(96, 256, 5, 1, 2), nn.MaxPool2d(3, 2),
             *block(256, 384, 3, 1, 1), nn.MaxPool2d(3, 2), nn.Dropout(dropout),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import nn
-from ._common import Network, NormLayer, initialise, norm_relu, plain_norm, relu_norm, variants
+from ._common import Layers, Network, NormLayer, conv_norm_relu, initialise, plain_norm, relu_norm, variants
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -31,8 +31,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        y = norm_relu(self.bn1, self.conv1(x))
-        return norm_relu(self.bn2, self.conv2(y), shortcut)
+        y = conv_norm_relu(self.conv1, self.bn1, x)
+        return conv_norm_relu(self.conv2, self.bn2, y, shortcut)
 
 
 class Bottleneck(nn.Module):
@@ -53,9 +53,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        y = norm_relu(self.bn1, self.conv1(x))
-        y = norm_relu(self.bn2, self.conv2(y))
-        return norm_relu(self.bn3, self.conv3(y), shortcut)
+        y = conv_norm_relu(self.conv1, self.bn1, x)
+        y = conv_norm_relu(self.conv2, self.bn2, y)
+        return conv_norm_relu(self.conv3, self.bn3, y, shortcut)
 
 
 class ResNet(Network):
@@ -98,7 +98,7 @@ class ResNet(Network):
             for j in range(depth):
                 stride, shortcut = 2 if i and not j else 1, None
                 if stride > 1 or inputs != outputs:
-                    shortcut = nn.Sequential(conv(inputs, outputs, 1, stride), plain_norm(norm_layer, outputs))
+                    shortcut = Layers(conv(inputs, outputs, 1, stride), plain_norm(norm_layer, outputs))
                 blocks.append(block(inputs, planes, stride, shortcut, groups, width, norm_layer))
                 inputs = outputs
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
@@ -113,7 +113,7 @@ class ResNet(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
-        x = self.maxpool(norm_relu(self.bn1, self.conv1(x)))
+        x = self.maxpool(conv_norm_relu(self.conv1, self.bn1, x))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 

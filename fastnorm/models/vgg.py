@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import nn
-from ._common import Network, NormLayer, conv_relu, initialise, variants
+from ._common import Layers, Network, NormLayer, conv_relu, initialise, variants
 
 
 class VGG(Network):
@@ -44,7 +44,7 @@ class VGG(Network):
                 layers += conv_relu(norm_layer, channels, outputs, 3, padding=1)
                 channels = outputs
             layers.append(nn.MaxPool2d(2, 2))
-        self.features = nn.Sequential(*layers)
+        self.features = Layers(*layers)
         side, hidden = (1, 512) if small_images else (7, 4096)
         self.avgpool = nn.AdaptiveAvgPool2d(side)
         self.classifier = nn.Sequential(
