@@ -48,7 +48,7 @@ struct BatchNormForward {
   void* running_mean;            // [c] or null; updated when training
   void* running_var;             // [c] or null; updated when training
   int64_t* num_batches_tracked;  // [1] or null; 1 is added when training
-  void* y;                       // or null: not wanted, only the statistics are
+  void* y;                       // or null: not wanted, only the statistics are; x on the CPU, if not training
   void* stats;                   // A [3][c]: mean, mean_low, rstd, for backward
   uint8_t* mask;                 // batch_norm_mask_bytes() or null: not wanted
   void* workspace;               // batch_norm_forward_workspace() bytes

@@ -81,6 +81,10 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate)
     return ConvAlgorithm::kDirect;
   if (takes(ConvAlgorithm::kDirect, !planes && m.terms <= 16 && m.made <= 6)) return ConvAlgorithm::kDirect;
   if (forward && planes && m.terms < 16) return ConvAlgorithm::kIm2col;
+  // Windows of 1x1 over planes are a product straight on the tensor, which oneDNN turns round.
+  const bool pointwise = s.taps() == 1 && !strides && s.y.pad == 0 && s.x.pad == 0;
+  if (planes && pointwise && !to_weight && m.made >= 16 && m.terms >= (forward ? 32 : 16) && m.pixels >= 64)
+    return ConvAlgorithm::kIm2col;
   // oneDNN converts planes to layouts of its own and back, and turns channels_last weights' gradients round; of many
   // filters it changes the layout in every call, which shows where they meet few pixels.
   const int64_t weights = s.ci * s.co;

@@ -53,9 +53,10 @@ Tensor batch_norm(const Tensor& x, const OptionalTensor& residual, const Optiona
 void batch_norm_inference_(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
                            const OptionalTensor& bias, const Tensor& running_mean, const Tensor& running_var,
                            double eps, std::string_view activation, double negative_slope) {
-  static const auto op = find_operator<void(const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                            const OptionalTensor&, const Tensor&, const Tensor&, double,
-                                            std::string_view, double)>("fastnorm::batch_norm_inference_");
+  static const auto op =
+      find_operator<void(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                         const Tensor&, const Tensor&, double, std::string_view, double)>(
+          "fastnorm::batch_norm_inference_");
   call(op, x, residual, weight, bias, running_mean, running_var, eps, activation, negative_slope);
 }
 

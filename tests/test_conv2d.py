@@ -20,6 +20,8 @@ CASES = {
     "3x3, no padding": ((2, 17, 6, 7), (33, 17, 3, 3), 1, 0, 1, 1),
     "3x3, padding of 2": ((1, 3, 5, 6), (6, 3, 3, 3), 1, (2, 1), 1, 1),
     "1x1": ((2, 18, 7, 5), (20, 18, 1, 1), 1, 0, 1, 1),
+    "1x1, groups, several sums": ((3, 300, 4, 5), (26, 150, 1, 1), 1, 0, 1, 2),
+    "1x1, planes of whole vectors": ((2, 19, 8, 8), (13, 19, 1, 1), 1, 0, 1, 1),
     "1x1 s2": ((2, 6, 7, 8), (9, 6, 1, 1), 2, 0, 1, 1),
     "5x5 of one channel": ((3, 1, 12, 12), (6, 1, 5, 5), 1, 2, 1, 1),
     "7x7 s2 of three": ((2, 3, 15, 18), (8, 3, 7, 7), 2, 3, 1, 1),
@@ -282,6 +284,16 @@ def test_neither_threads_nor_batch_change_a_bit(threads, algorithm, case):
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
         one = conv2d(to_layout(x[2:3], layout), weight, None, *window, algorithm=algorithm)
         assert torch.equal(one[0], results[0][0][2])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kernel, channels", [(1, 2048), (3, 512)])
+def test_long_sums_are_as_exact_as_torchs(layout, kernel, channels):
+    x = to_layout(torch.randn(2, channels, 6, 6), layout)
+    weight = to_layout(torch.randn(32, channels, kernel, kernel), layout)
+    exact = F.conv2d(x.double(), weight.double())
+    ours, theirs = conv2d(x, weight, algorithm="im2col"), F.conv2d(x, weight)
+    assert error(ours, exact) < 2 * error(theirs, exact)
 
 
 def test_nan_stays_where_windows_see_it(backend):

@@ -33,6 +33,10 @@ struct Tile {
   void load(const A* p, int64_t pitch) {
     for (int r = 0; r < R; r++) v[r][0] = V::loadu(p + r * pitch), v[r][1] = V::loadu(p + r * pitch + V::size());
   }
+  void add(const A* p, int64_t pitch) {
+    for (int r = 0; r < R; r++)
+      v[r][0] = v[r][0] + V::loadu(p + r * pitch), v[r][1] = v[r][1] + V::loadu(p + r * pitch + V::size());
+  }
   void store(A* p, int64_t pitch) const {
     for (int r = 0; r < R; r++) v[r][0].store(p + r * pitch), v[r][1].store(p + r * pitch + V::size());
   }

@@ -8,6 +8,7 @@
 //
 // Floor: n * pixels * co * ci * taps multiply-adds, of which the registers' tile does 2 vectors a cycle.  A panel's
 // kDepth numbers stay in the L1 cache for all of a block's pixels, and these in L2 for all panels.
+#include "conv2d_pointwise.h"
 #include "conv2d_problem.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
@@ -116,19 +117,18 @@ struct Product : ConvWork<T> {
   void multiply_panel(const Phase& f, A* sums, const A* panel, const A* start, const Target& target) const {
     const int64_t length = std::min(run_length, kDepth), together = std::max<int64_t>(1, kDepth / run_length);
     auto add = [&](bool first, bool last, int64_t run, int64_t end_run, int64_t term, int64_t count) {
-      const A* const from = first ? start : sums;
-      const int64_t pitch = first ? 0 : kColumns;
       const bool done = last && this->simple_activation();
       for (int64_t m = 0; m < f.pixels; m += kTileRows)
         with_rows(std::min<int64_t>(kTileRows, f.pixels - m), [&](auto row_count) {
           constexpr int R = row_count;
           Tile<A, R> tile;
-          tile.load(from + m * pitch, pitch);
+          first ? tile.load(start, 0) : tile.clear();
           for (int64_t i = run; i < end_run; i++) {
             const A* rows[R];
             for (int r = 0; r < R; r++) rows[r] = f.rows[i * f.pixels + m + r] + term;
             tile.multiply_add(rows, count, panel + (f.packed[i] + term) * kColumns);
           }
+          if (!first) tile.add(sums + m * kColumns, kColumns);  // sums of their own: a longer one is less exact
           if (!done) return tile.store(sums + m * kColumns, kColumns);
           for (int r = 0; r < R; r++)
             target.put(f, m + r, {this->activate_simple(tile.v[r][0]), this->activate_simple(tile.v[r][1])});
@@ -220,10 +220,21 @@ struct Product : ConvWork<T> {
 
 }  // namespace
 
-size_t conv2d_im2col_packed(const Conv2dForward& a) { return conv_packed<Product>(a); }
-size_t conv2d_im2col_forward_workspace(const Conv2dForward& a) { return conv_workspace<Product>(a); }
-void conv2d_im2col_forward(const Conv2dForward& a) { conv_run<Product>(a); }
-size_t conv2d_im2col_backward_input_workspace(const Conv2dBackwardInput& a) { return conv_workspace<Product>(a); }
-void conv2d_im2col_backward_input(const Conv2dBackwardInput& a) { conv_run<Product>(a); }
+// Windows of 1x1 over planes have a kernel of their own.
+size_t conv2d_im2col_packed(const Conv2dForward& a) {
+  return is_pointwise(a.shape) ? conv_packed<Pointwise>(a) : conv_packed<Product>(a);
+}
+size_t conv2d_im2col_forward_workspace(const Conv2dForward& a) {
+  return is_pointwise(a.shape) ? conv_workspace<Pointwise>(a) : conv_workspace<Product>(a);
+}
+void conv2d_im2col_forward(const Conv2dForward& a) {
+  is_pointwise(a.shape) ? conv_run<Pointwise>(a) : conv_run<Product>(a);
+}
+size_t conv2d_im2col_backward_input_workspace(const Conv2dBackwardInput& a) {
+  return is_pointwise(a.shape) ? conv_workspace<Pointwise>(a) : conv_workspace<Product>(a);
+}
+void conv2d_im2col_backward_input(const Conv2dBackwardInput& a) {
+  is_pointwise(a.shape) ? conv_run<Pointwise>(a) : conv_run<Product>(a);
+}
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY
