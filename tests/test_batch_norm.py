@@ -319,7 +319,7 @@ def test_inference_in_place(backend, dtype, layout, residual, activation):
             a.x, a.residual, a.weight, a.bias, a.running_mean, a.running_var, a.eps, activation or "none", 0.01
         )
         assert torch.equal(a.x, expected) and a.x.stride() == expected.stride()
-        assert a.x.data_ptr() == memory and a.x._version == version + 1
+        assert a.x.data_ptr() == memory and a.x._version > version
 
 
 def test_inference_in_place_of_strided_memory(backend):
