@@ -228,8 +228,6 @@ struct ChannelSums {
     width = inputs ? x.in : x.out, source_width = inputs ? x.out : x.in;
   }
 
-  static constexpr int64_t kAhead = 4096;  // bytes: where the processor stops prefetching on its own
-
   // L * kVectors channels of one result; p is where they are in the first pixel that is added up.  kRows * kColumns
   // pixels, if those are not 0.  kInside: memory does not end before a vector does.
   template <int L, int kVectors, int kRows, int kColumns, bool kInside>
@@ -247,7 +245,6 @@ struct ChannelSums {
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; v++) {
           const T* const q = p + j * c + v * L;
-          if (kRows == 2 && kVectors == 4) __builtin_prefetch(reinterpret_cast<const char*>(q) + kAhead);
           const auto x = kInside ? load_wide<L>(q) : load_until<L>(q, c, from_end);
           if (kRows || divisor != 0)
             sum[v] += x;
