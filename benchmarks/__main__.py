@@ -10,7 +10,7 @@ import benchmarks
 
 from . import common
 
-NOT_OPS = {"__main__", "accuracy", "common", "gpu_check", "memory", "norms", "twins"}
+NOT_OPS = {"__main__", "accuracy", "common", "gpu_check", "memory", "norms", "pools", "twins"}
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ def small_cases() -> None:
     import fastnorm
     from fastnorm.functional import (
         add_layer_norm,
+        avg_pool2d,
         batch_norm,
         group_norm,
         layer_norm,
@@ -71,6 +72,9 @@ def small_cases() -> None:
             torch.autograd.grad(y, x, torch.randn_like(y), retain_graph=True)
             if window == (2, 2):
                 max_unpool2d(y, indices, 2)
+        for window in ((2,), (3, 1, 1), (3, 2, 1, True, False), (image.shape[2:],)):
+            y = avg_pool2d(image, *window)
+            torch.autograd.grad(y, x, torch.randn_like(y), retain_graph=True)
     for n, dtype in itertools.product((1, 70, 1100, 2300), (torch.float64, torch.float16)):  # up to three chunks
         boxes = torch.rand(2, n, 4, device="cuda", dtype=dtype)
         boxes[..., 2:] += boxes[..., :2]

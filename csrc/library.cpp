@@ -23,6 +23,7 @@ Isa isa() {
 namespace fastnorm {
 
 // In the ops' ..._autograd.cpp:
+void bind_avg_pool2d(pybind11::module_&);
 void bind_conv2d(pybind11::module_&);
 void bind_max_pool2d(pybind11::module_&);
 
@@ -95,6 +96,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("batch_norm_inference_", fastnorm::batch_norm_inference_, "torch.ops.fastnorm.batch_norm_inference_");
   m.def("layer_norm", fastnorm::layer_norm, "y and sum of torch.ops.fastnorm.layer_norm_forward");
   m.def("group_norm", fastnorm::group_norm, "y and stats of torch.ops.fastnorm.group_norm_forward");
+  fastnorm::bind_avg_pool2d(m);
   fastnorm::bind_conv2d(m);
   fastnorm::bind_max_pool2d(m);
 }

@@ -8,8 +8,8 @@
 #include <ATen/ops/div.h>
 #include <ATen/ops/where.h>
 
-#include "max_pool2d_host.h"
 #include "pool_autograd.h"
+#include "pool_host.h"
 #include "python_ints.h"
 
 namespace fastnorm {
@@ -34,7 +34,7 @@ struct Pooling {
 
   // Of every window the element of t, which is like x, that won; in torch's operators.
   Tensor gather(const Tensor& t, const Tensor& offset) const {
-    const Window2d window(kernel, stride, padding, dilation, false);
+    const Window2d window(kOp, kernel, stride, padding, dilation, false);
     const auto options = offset.options().dtype(at::kLong).memory_format(at::MemoryFormat::Contiguous);
     const Tensor tap = offset.to(at::kLong), tap_row = at::div(tap, window.kernel[1], "floor");
     auto begin = [&](int64_t d) {

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._library import ops
 from .activation import ACTIVATIONS, activate
+from .avg_pool2d import avg_pool2d
 from .batch_norm import batch_norm
 from .conv2d import conv2d
 from .group_norm import group_norm
@@ -220,6 +221,26 @@ def _layer_norm_operators(device: str, dtype: torch.dtype) -> Iterator[tuple[obj
             yield ops.layer_norm_backward.default, backward
 
 
+def _avg_pool2d_cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
+    windows = {"2x2 s2": (2,), "3x3 s1": (3, 1, 1), "3x3 s2": ((3, 2), 2, 1, True, False), "whole": (8,)}
+    for (name, window), layout in itertools.product(windows.items(), FORMATS):
+        inputs = (_random(device, dtype)(2, 8, 8, 8, format=FORMATS[layout]),)
+
+        def function(x, window=window):
+            return avg_pool2d(x, *window)
+
+        def reference(x, window=window):
+            return F.avg_pool2d(x, *window)
+
+        yield Case(f"{name} {layout}", inputs, function, reference, (slice(2), slice(2)))
+
+
+def _avg_pool2d_operators(device: str, dtype: torch.dtype) -> Iterator[tuple[object, tuple]]:
+    x, window = torch.randn(2, 4, 6, 8, device=device, dtype=dtype), ([3], [2], [1], True, False, None)
+    yield ops.avg_pool2d_forward.default, (x, *window)
+    yield ops.avg_pool2d_backward.default, (F.avg_pool2d(x, *window), 6, 8, *window, False)
+
+
 def _max_pool2d_cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
     windows = {"3x3 s2": (3, 2, 1), "2x2 s2": (2,), "3x3 s1": (3, 1, 1), "dilated": ((3, 2), 1, 1, 2, True)}
     for (name, window), layout in itertools.product(windows.items(), FORMATS):
@@ -304,6 +325,7 @@ def _no_cases(device: str, dtype: torch.dtype) -> tuple[Case, ...]:
 
 
 CHECKS: dict[str, OpCheck] = {
+    "avg_pool2d": OpCheck(_avg_pool2d_cases, _avg_pool2d_operators),
     "batch_norm": OpCheck(_batch_norm_cases, _batch_norm_operators),
     "conv2d": OpCheck(_conv2d_cases, _conv2d_operators),
     "group_norm": OpCheck(_group_norm_cases, _group_norm_operators),

@@ -13,13 +13,11 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ._library import extension, ops
 from .module import intercept, intercepted
+from .pool import DTYPES, Size2d, fold, unfold
 
 _forward = ops.max_pool2d_forward.default
 _backward = ops.max_pool2d_backward.default
 _unpool = ops.max_unpool2d.default
-_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
-
-Size2d = int | Sequence[int]
 
 
 def max_pool2d(
@@ -138,7 +136,7 @@ def max_unpool2d(
     size = _unpool_size(
         input, _pair(kernel_size), _pair(kernel_size if stride is None else stride), _pair(padding), output_size
     )
-    if input.dtype not in _DTYPES:
+    if input.dtype not in DTYPES:
         return torch._C._nn.max_unpool2d(input, indices, size)
     # As torch's autocast on the CPU.
     if torch._C._is_any_autocast_enabled() and input.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
@@ -147,7 +145,7 @@ def max_unpool2d(
 
 
 def _max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices):
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         return F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     if torch.compiler.is_compiling():
         stride = kernel_size if stride is None else stride
@@ -183,20 +181,10 @@ def _unpool_size(x, kernel, stride, padding, output_size):
 # ---- torch.func.vmap ------------------------------------------------------------------------------------------------
 
 
-def _fold(batch: int, dim: int | None, t: Tensor) -> Tensor:
-    """The batch dimension made part of the samples'; a batch of unbatched images is one of images."""
-    t = t.unsqueeze(0).expand(batch, *t.shape) if dim is None else t.movedim(dim, 0)
-    return t if t.dim() == 4 else t.flatten(0, 1)
-
-
-def _unfold(batch: int, t: Tensor, image_dims: int) -> Tensor:
-    return t if image_dims == 3 else t.unflatten(0, (batch, -1))
-
-
 @torch.library.register_vmap(_forward._schema.name)
 def _vmap_forward(info, in_dims, x, *args):
-    dims, results = x.dim() - 1, _forward(_fold(info.batch_size, in_dims[0], x), *args)
-    return tuple(_unfold(info.batch_size, t, dims) if t.dim() == 4 else t for t in results), tuple(
+    dims, results = x.dim() - 1, _forward(fold(info.batch_size, in_dims[0], x), *args)
+    return tuple(unfold(info.batch_size, t, dims) if t.dim() == 4 else t for t in results), tuple(
         0 if t.dim() == 4 else None for t in results
     )
 
@@ -204,15 +192,15 @@ def _vmap_forward(info, in_dims, x, *args):
 @torch.library.register_vmap(_backward._schema.name)
 def _vmap_backward(info, in_dims, dy, offset, *args):
     dims = dy.dim() - (in_dims[0] is not None)
-    dx = _backward(_fold(info.batch_size, in_dims[0], dy), _fold(info.batch_size, in_dims[1], offset), *args)
-    return _unfold(info.batch_size, dx, dims), 0
+    dx = _backward(fold(info.batch_size, in_dims[0], dy), fold(info.batch_size, in_dims[1], offset), *args)
+    return unfold(info.batch_size, dx, dims), 0
 
 
 @torch.library.register_vmap(_unpool._schema.name)
 def _vmap_unpool(info, in_dims, x, indices, output_size):
     dims = x.dim() - (in_dims[0] is not None)
-    y = _unpool(_fold(info.batch_size, in_dims[0], x), _fold(info.batch_size, in_dims[1], indices), output_size)
-    return _unfold(info.batch_size, y, dims), 0
+    y = _unpool(fold(info.batch_size, in_dims[0], x), fold(info.batch_size, in_dims[1], indices), output_size)
+    return unfold(info.batch_size, y, dims), 0
 
 
 # ---- Modules --------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DTYPES, LAYOUTS, to_layout
+from pools import views
 
 from fastnorm.functional import max_pool2d, max_pool2d_with_indices
 
@@ -132,16 +133,7 @@ def test_large_windows(backend):
 
 
 def test_strides_alignment_and_expanded_gradients(backend):
-    base = torch.randn(2, 9, 11, 18, device=backend.device)
-    views = {
-        "offset": base.flatten()[1 : 1 + 2 * 4 * 10 * 16].view(2, 4, 10, 16),
-        "sliced": base[:, ::2, 1:9, 2:18],
-        "transposed": base.transpose(2, 3),
-        "flipped layout": base.permute(0, 2, 3, 1)[:, :8],
-        "channels_last slice": base.contiguous(memory_format=torch.channels_last)[:, :8],
-        "expanded": base[:1, :1].expand(3, 2, -1, -1),
-    }
-    for name, x in views.items():
+    for name, x in views(backend.device).items():
         for window in ("3x3 s2 p1", "2x2 s2"):
             y, indices = max_pool2d(x, *WINDOWS[window], return_indices=True)
             z, expected = F.max_pool2d(x, *WINDOWS[window], return_indices=True)

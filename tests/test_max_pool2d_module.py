@@ -1,11 +1,9 @@
 """MaxPool2d and MaxUnpool2d as drop-in modules: repr, copies, tracing, errors."""
 
-import copy
-import pickle
-
 import pytest
 import torch
 import torch.nn.functional as F
+from pools import ERRORS, Recorder, check_error, copies, x
 from torch import nn
 
 import fastnorm
@@ -23,7 +21,7 @@ def test_max_pool_is_torchs(backend, arguments, keywords):
     ours, theirs = (package.MaxPool2d(*arguments, **keywords) for package in (fastnorm, nn))
     assert isinstance(ours, nn.MaxPool2d) and repr(ours) == repr(theirs) and ours.state_dict() == {}
     x = torch.randn(2, 3, 9, 9, device=backend.device)
-    for module in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+    for module in copies(ours):
         assert repr(module) == repr(theirs)
         for a, b in zip(torch.utils._pytree.tree_leaves(module(x)), torch.utils._pytree.tree_leaves(theirs(x)),
                         strict=True):  # fmt: skip
@@ -35,7 +33,7 @@ def test_max_unpool_is_torchs(backend):
     assert isinstance(ours, nn.MaxUnpool2d) and repr(ours) == repr(theirs)
     y, indices = F.max_pool2d(torch.randn(2, 3, 9, 8), (3, 2), 2, return_indices=True)
     y, indices = y.to(backend.device), indices.to(backend.device)
-    for module in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+    for module in copies(ours):
         assert repr(module) == repr(theirs)
         assert module(y, indices).shape == theirs(y, indices).shape
         assert module(y, indices, output_size=(9, 8)).shape == theirs(y, indices, output_size=(9, 8)).shape
@@ -65,15 +63,6 @@ def test_symbolic_trace():
     assert torch.equal(traced(x), Both()(x))
 
 
-class Recorder(torch.Tensor):
-    called: list = []  # noqa: RUF012
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        cls.called.append(function)
-        return super().__torch_function__(function, types, args, kwargs or {})
-
-
 def test_tensor_subclasses():
     x = torch.randn(1, 2, 8, 8).as_subclass(Recorder)
     for call in (max_pool2d, lambda x, k: fastnorm.MaxPool2d(k)(x)):
@@ -89,42 +78,19 @@ def test_a_parameter_is_pooled():
     assert x.grad.sum() == 8
 
 
-x = torch.ones(2, 3, 8, 8)
-
-
 @pytest.mark.parametrize(
     "kind, message, call",
     [
-        (RuntimeError, "stride should not be zero", lambda f: f(x, 0)),
-        (RuntimeError, "stride should not be zero", lambda f: f(x, 2, 0)),
-        (RuntimeError, "stride should be greater than zero", lambda f: f(x, 2, -1)),
-        (RuntimeError, "kernel size should be greater than zero", lambda f: f(x, -1, 1)),
+        *ERRORS,
         (RuntimeError, "dilation should be greater than zero", lambda f: f(x, 2, dilation=0)),
-        (RuntimeError, "pad should be at most half of effective kernel size", lambda f: f(x, 2, padding=2)),
-        (RuntimeError, "pad must be non-negative", lambda f: f(x, 2, padding=-1)),
         (RuntimeError, "pad should be smaller than or equal to half of", lambda f: f(x, 3, 1, padding=2, dilation=2)),
-        (RuntimeError, "Output size is too small", lambda f: f(x, 9)),
         (RuntimeError, "3D or 4D (batch mode) tensor expected", lambda f: f(x[0, 0], 2)),
-        (RuntimeError, "Expected 3D or 4D (batch mode) tensor with optional 0 dim batch", lambda f: f(x[:, :0], 2)),
-        (RuntimeError, "Expected 3D or 4D (batch mode) tensor with optional 0 dim batch", lambda f: f(x[:, :, :0], 2)),
-        (RuntimeError, "kernel_size must either be a single int", lambda f: f(x, (2, 2, 2))),
-        (RuntimeError, "kernel_size must either be a single int", lambda f: f(x, ())),
-        (RuntimeError, "stride must either be omitted", lambda f: f(x, 2, (1, 1, 1))),
-        (RuntimeError, "padding must either be a single int", lambda f: f(x, 2, padding=(1, 1, 1))),
         (RuntimeError, "dilation must be either a single int", lambda f: f(x, 2, dilation=(1, 1, 1))),
-        (TypeError, "kernel_size", lambda f: f(x, 2.5)),
-        (TypeError, "kernel_size", lambda f: f(x, True)),
-        (TypeError, "kernel_size", lambda f: f(x, None)),
-        (TypeError, "stride", lambda f: f(x, 2, "a")),
-        (NotImplementedError, "not implemented for 'Bool'", lambda f: f(x.bool(), 2)),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_errors_are_torchs(kind, message, call):
-    for function in (max_pool2d, F.max_pool2d):
-        with pytest.raises(kind) as raised:
-            call(function)
-        assert message in str(raised.value)
+    check_error((max_pool2d, F.max_pool2d), kind, message, call)
 
 
 @pytest.mark.parametrize(

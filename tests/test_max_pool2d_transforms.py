@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import LAYOUTS, to_layout
+from pools import check_checkpointing, check_export, check_inductor, check_one_graph, check_torch_func
 from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
-from torch.utils.checkpoint import checkpoint
+from torch.func import grad, vmap
 
 import fastnorm
 from fastnorm.functional import max_pool2d
@@ -41,28 +41,10 @@ def test_gradcheck(backend, window, layout):
 def test_torch_func(window):
     x, v, xs = image(2, 3, 6, 4), image(2, 3, 6, 4), image(5, 2, 3, 6, 4)
 
-    def both(transform):
-        """Applies it to fastnorm's function and to torch's."""
-        torch.testing.assert_close(
-            *(transform(lambda x, f=f: f(x, *WINDOWS[window])) for f in (max_pool2d, F.max_pool2d))
-        )
+    def function(f):
+        return lambda x: f(x, *WINDOWS[window])
 
-    def loss(f):
-        return lambda x: f(x).pow(3).sum()
-
-    both(lambda f: grad(loss(f))(x))
-    both(lambda f: grad(lambda x: grad(loss(f))(x).square().sum())(x))
-    both(lambda f: jvp(f, (x,), (v,)))
-    both(lambda f: jvp(grad(loss(f)), (x,), (v,)))
-    both(lambda f: jacrev(f)(x))
-    both(lambda f: jacfwd(f)(x))
-    both(lambda f: hessian(loss(f))(x[:1, :1]))
-    both(lambda f: vmap(f)(xs))
-    both(lambda f: vmap(f, in_dims=2, out_dims=1)(xs.movedim(0, 2)))
-    both(lambda f: vmap(f)(x))  # of unbatched images
-    both(lambda f: vmap(vmap(f))(xs))
-    both(lambda f: vmap(grad(loss(f)))(xs))
-    both(lambda f: vmap(lambda v: torch.func.vjp(f, x)[1](v)[0])(torch.stack([f(x), f(v)])))
+    check_torch_func((function(max_pool2d), function(F.max_pool2d)), x, v, xs)
 
 
 def test_vmap_of_channels_last_and_indices():
@@ -83,11 +65,7 @@ def test_dual_numbers():
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing(reentrant):
-    x = torch.randn(2, 3, 8, 8, requires_grad=True)
-    checkpoint(fastnorm.MaxPool2d(3, 2, 1), x, use_reentrant=reentrant).square().sum().backward()
-    other = x.detach().clone().requires_grad_()
-    F.max_pool2d(other, 3, 2, 1).square().sum().backward()
-    assert torch.equal(x.grad, other.grad)
+    check_checkpointing((fastnorm.MaxPool2d(3, 2, 1), lambda x: F.max_pool2d(x, 3, 2, 1)), reentrant)
 
 
 def test_backward_twice_and_unused_results():
@@ -121,30 +99,15 @@ class Network(nn.Module):
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_modules_in_one_graph(dynamic, layout):
-    torch._dynamo.reset()
-    ours, theirs = Network(fastnorm), Network(nn)
-    theirs.load_state_dict(ours.state_dict())
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    for n, height in [(4, 8), (5, 8), (6, 12)] if dynamic else [(4, 8)]:
-        x = to_layout(torch.randn(n, 3, height, 8), layout)
-        y, z = compiled(x), theirs(x)
-        torch.testing.assert_close(y, z)
-        y.sum().backward(), z.sum().backward()
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)
+    check_one_graph(Network(fastnorm), Network(nn), layout, dynamic)
 
 
 def test_inductor():
-    torch._dynamo.reset()
-    x = torch.randn(3, 6, 8, 8, requires_grad=True)
-
     def function(x):
         y, indices = max_pool2d(x * 2, 3, 2, 1, return_indices=True)
         return y.sin() + indices
 
-    y, z = torch.compile(function, fullgraph=True)(x), function(x)
-    torch.testing.assert_close(y, z)
-    torch.testing.assert_close(*(torch.autograd.grad(t.sum(), x)[0] for t in (y, z)))
+    check_inductor(function)
 
 
 def test_transform_inside_compile():
@@ -158,11 +121,7 @@ def test_transform_inside_compile():
 
 
 def test_export():
-    model = Network(fastnorm)
-    n = torch.export.Dim("n", min=2, max=64)
-    program = torch.export.export(model, (torch.randn(4, 3, 8, 8),), dynamic_shapes=({0: n},))
-    larger = torch.randn(7, 3, 8, 8)
-    torch.testing.assert_close(program.module()(larger), model(larger))
+    check_export(Network(fastnorm))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,63 +1,14 @@
-// What the max-pooling kernels compute with: vectors of any power of two of lanes, in the compiler's own vector types,
-// as at::vec has one size only and rows are often shorter; and rows of 16-bit types as float32.
+// What the max-pooling kernels compute with beside pool_lanes.h: maxima that know their tap, and offsets of any size.
 #pragma once
-#include <algorithm>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-#include <utility>
-
 #include "../max_pool2d.h"
-#include "parallel.h"
-#include "vector.h"
+#include "pool_lanes.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
-template <class T, int L>
-struct LanesOf {
-  typedef T type __attribute__((vector_size(L * sizeof(T))));
-};
-template <class T, int L>
-using Lanes = typename LanesOf<T, L>::type;
-
 // An integer as wide as A: what tells the taps of a vector of A apart.
 template <class A>
 using Tap = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
-
-constexpr int kPoolLanes = at::vec::Vectorized<float>::size();  // as many as a register has, in float32
-
-template <int L, class T>
-[[gnu::always_inline]] inline Lanes<T, L> load_lanes(const T* p) {
-  Lanes<T, L> v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
-
-template <class T, class V>
-[[gnu::always_inline]] inline void store_lanes(T* p, V v) {
-  std::memcpy(p, &v, sizeof(v));
-}
-
-// f(L, i) for blocks that cover [begin, end), the last of which may overlap the one before.
-template <class F>
-[[gnu::always_inline]] inline void for_blocks(int64_t begin, int64_t end, F f) {
-  constexpr int L = kPoolLanes, kHalf = L / 2;
-  const int64_t n = end - begin;
-  if (n >= L) {
-    for (int64_t i = begin; i < end; i += L) f(std::integral_constant<int, L>(), std::min(i, end - L));
-  } else if (n >= kHalf) {
-    for (int64_t i = begin; i < end; i += kHalf) f(std::integral_constant<int, kHalf>(), std::min(i, end - kHalf));
-  } else {
-    for (int64_t i = begin; i < end; i++) f(std::integral_constant<int, 1>(), i);
-  }
-}
-
-// A number in every lane.
-template <int L, class T>
-[[gnu::always_inline]] inline Lanes<T, L> lanes_of(T v) {
-  return v - Lanes<T, L>{};  // not a sum, which would make -0 into 0
-}
 
 // The greatest values so far, and which tap each of them came from, if that is wanted.
 template <class A, int L, bool kTaps>
@@ -71,80 +22,6 @@ struct Best {
     if constexpr (kTaps) tap = better ? t : tap;
   }
 };
-
-// Elements of a and b in turn, the first or the second half of them.
-template <int kFirst, class V, int... i>
-[[gnu::always_inline]] inline V interleave(V a, V b, std::integer_sequence<int, i...>) {
-  constexpr int L = sizeof...(i);
-  return __builtin_shufflevector(a, b, (kFirst + i / 2 + i % 2 * L)...);
-}
-
-// ---- 16-bit types ---------------------------------------------------------------------------------------------------
-
-// to[i] = from[i], from or to a 16-bit type; a row's end may be written more than once.
-template <class From, class To>
-inline void copy_row(const From* from, To* to, int64_t n) {
-  using T = std::conditional_t<sizeof(From) < sizeof(To), From, To>;
-  for_packs<T>(n, [&](int64_t i, auto count, auto) { store(to + i, load(from + i, count), count); });
-}
-
-// L values in the type that is computed with.
-template <int L, class T>
-[[gnu::always_inline]] inline Lanes<Accumulate<T>, L> load_wide(const T* p) {
-  if constexpr (std::is_same_v<T, Accumulate<T>>) {
-    return load_lanes<L>(p);
-  } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    using Bits = Lanes<uint32_t, L>;
-    const Bits bits = __builtin_convertvector(load_lanes<L>(reinterpret_cast<const uint16_t*>(p)), Bits) << 16;
-    return Lanes<float, L>(bits);
-  } else if constexpr (L == kPoolLanes) {
-    float v[2 * L];
-    const auto [a, b] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(p, L));
-    a.store(v), b.store(v + L);
-    return load_lanes<L>(v);
-  } else {
-    Lanes<float, L> v;
-    for (int i = 0; i < L; i++) v[i] = float(p[i]);
-    return v;
-  }
-}
-
-// Every other one of 2 L elements.
-template <int kFirst, int L, class T, int... i>
-[[gnu::always_inline]] inline auto every_other(const T* p, std::integer_sequence<int, i...>) {
-  return __builtin_shufflevector(load_wide<L>(p), load_wide<L>(p + L), (2 * i + kFirst)...);
-}
-
-// p[at + i * stride] for every lane i; kStride is the stride, or 0 where it is only known when the program runs.
-// Touches nothing beside the elements from p[0] to the last of them.  With a stride of 2, p[1] is there.
-template <int L, int kStride, class T>
-[[gnu::always_inline]] inline Lanes<Accumulate<T>, L> strided(const T* p, int64_t at, int64_t stride) {
-  if constexpr (kStride == 1) {
-    return load_wide<L>(p + at);
-  } else if constexpr (kStride == 2) {
-    constexpr std::make_integer_sequence<int, L> lanes;
-    return at == 0 ? every_other<0, L>(p, lanes) : every_other<1, L>(p + at - 1, lanes);
-  } else {
-    Lanes<Accumulate<T>, L> v;
-    for (int i = 0; i < L; i++) v[i] = Accumulate<T>(p[at + i * stride]);
-    return v;
-  }
-}
-
-template <int L, class T>
-[[gnu::always_inline]] inline void store_narrow(T* p, Lanes<Accumulate<T>, L> v) {
-  if constexpr (std::is_same_v<T, Accumulate<T>>) {
-    store_lanes(p, v);
-  } else if constexpr (L == kPoolLanes) {
-    using V = at::vec::Vectorized<float>;
-    float from[L];
-    store_lanes(from, v);
-    const auto narrow = at::vec::convert_from_float<T>(V::loadu(from), V(0.f));
-    narrow.store(p, L);
-  } else {
-    for (int i = 0; i < L; i++) p[i] = T(v[i]);
-  }
-}
 
 // ---- Offsets --------------------------------------------------------------------------------------------------------
 
@@ -213,33 +90,6 @@ template <int kBytes, int L, class A>
     default: return __builtin_convertvector(load_lanes<L>(static_cast<const int32_t*>(p) + i), V);
   }
 }
-
-// body(plane, begin, end) for all rows of all planes: whole planes if there are enough of them for the team, else
-// bands.
-template <class F>
-inline void for_rows(Team team, int64_t planes, int rows, F body) {
-  const int64_t tasks = team.size == 1 ? 1 : 16 * team.size;
-  const int64_t bands = std::clamp<int64_t>(tasks / planes, 1, rows), groups = std::min(planes, tasks);
-  team.for_each(groups * bands, [&](int64_t task) {
-    const int64_t group = task / bands, band = task % bands;
-    const int64_t end = planes * (group + 1) / groups;
-    const int first_row = int(rows * band / bands), end_row = int(rows * (band + 1) / bands);
-    for (int64_t plane = planes * group / groups; plane < end; plane++) body(plane, first_row, end_row);
-  });
-}
-
-// Memory for each thread, in pieces of whole cache lines.
-struct PoolScratch {
-  char* at;
-  size_t used = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    T* const p = at ? reinterpret_cast<T*>(at + used) : nullptr;
-    used += (size_t(count) * sizeof(T) + 63) / 64 * 64;
-    return p;
-  }
-};
 
 }  // namespace
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

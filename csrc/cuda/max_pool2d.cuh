@@ -1,21 +1,13 @@
-// What the max-pooling kernels share: work items, offsets of any size, the rule by which a tap wins.
+// What the max-pooling kernels share: offsets of any size, the rule by which a tap wins, which kernel runs.
 #pragma once
 #include <cstring>
 #include <type_traits>
 
-#include "index.cuh"
 #include "max_pool2d.h"
-#include "vector.cuh"
+#include "pool.cuh"
 
 namespace fastnorm {
 namespace {
-
-constexpr int kPoolThreads = 256;
-
-__device__ __forceinline__ int64_t work_item() { return int64_t(blockIdx.x) * kPoolThreads + threadIdx.x; }
-
-// The blocks that so many work items, at least one, need.
-inline dim3 pool_blocks(int64_t items) { return dim3(unsigned((items + kPoolThreads - 1) / kPoolThreads)); }
 
 __device__ __forceinline__ void write_offset(void* p, int bytes, int64_t i, int tap) {
   switch (bytes) {
@@ -74,18 +66,6 @@ __device__ __forceinline__ int64_t index_of(const MaxPool2dForward& a, int oy, i
   const PoolAxis &y = a.shape.y, &x = a.shape.x;
   const int row = m.tap / x.kernel, column = m.tap - row * x.kernel;
   return int64_t(y.begin(oy) + row * y.dilation) * x.in + x.begin(ox) + column * x.dilation;
-}
-
-// f(T()) with the C++ type.
-template <class F>
-cudaError_t with_pool_type(DType t, F f) {
-  switch (t) {
-    case DType::kFloat64: return f(double());
-    case DType::kFloat32: return f(float());
-    case DType::kFloat16: return f(__half());
-    case DType::kBFloat16: return f(__nv_bfloat16());
-  }
-  return cudaErrorInvalidValue;
 }
 
 // ---- Which windows have a kernel of their own -----------------------------------------------------------------------
