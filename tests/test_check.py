@@ -32,7 +32,11 @@ def test_a_wrong_operator_is_found(capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [(("nothing",), "op must be one of avg_pool2d, batch_norm"), ((), "dtype must be"), ((), "device must be one that is there")],
+    [
+        (("nothing",), "op must be one of avg_pool2d, batch_norm"),
+        ((), "dtype must be"),
+        ((), "device must be one that is there"),
+    ],
 )
 def test_wrong_arguments(arguments, message):
     keywords = {"dtype": "int8"} if "dtype" in message else {"device": "cuda:99"} if "device" in message else {}
