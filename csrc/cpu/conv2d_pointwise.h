@@ -21,7 +21,7 @@ struct Pointwise : ConvWork<T> {
   using typename Work::A, typename Work::V;
   using Work::kColumns, Work::p, Work::n, Work::groups, Work::terms, Work::results;
 
-  static constexpr int64_t kDepth = 256;        // terms of the sum whose pixels stay in the L1 cache
+  static constexpr int64_t kDepth = 128;        // terms that are summed by themselves: a longer sum is less exact
   static constexpr int64_t kBytes = 256 << 10;  // of a block's pixels, which stay in L2
 
   const int64_t hw, pixels, panels;  // of a plane; of all samples
