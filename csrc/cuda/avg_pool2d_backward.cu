@@ -10,7 +10,7 @@
 namespace fastnorm {
 namespace {
 
-template <class T, int V, bool kOneDivisor>
+template <class T, bool kOneDivisor, int V>
 __global__ void __launch_bounds__(kPoolThreads) avg_pool2d_gradient_kernel(AvgPool2d a, int64_t items) {
   using A = Accumulate<T>;
   const PoolShape& s = a.shape;
@@ -45,7 +45,7 @@ template <class T, int V>
 cudaError_t launch_pieces(const AvgPool2d& a, cudaStream_t stream) {
   const int64_t items = a.shape.inputs() / V;
   auto* const kernel =
-      has_one_divisor(a) ? avg_pool2d_gradient_kernel<T, V, true> : avg_pool2d_gradient_kernel<T, V, false>;
+      has_one_divisor(a) ? avg_pool2d_gradient_kernel<T, true, V> : avg_pool2d_gradient_kernel<T, false, V>;
   return launch(kernel, pool_blocks(items), dim3(kPoolThreads), 0, stream, a, items);
 }
 

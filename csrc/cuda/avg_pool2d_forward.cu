@@ -23,6 +23,7 @@ __global__ void __launch_bounds__(kPoolThreads) avg_pool2d_kernel(AvgPool2d a, i
   const int channel = s.c == 1 ? 0 : split(item, s.c / V) * V, ox = split(item, s.x.out), oy = split(item, s.y.out);
   const int first = a.first_inside(s.x, ox), end = a.end_inside(s.x, ox), end_row = a.end_inside(s.y, oy);
   const T* const x = static_cast<const T*>(a.from) + item * s.y.in * s.x.in * s.c + channel;
+  const A divisor = A(a.counted_rows(oy) * a.counted_columns(ox));
   A total[V] = {};
   for (int row = a.first_inside(s.y, oy); row < end_row; row++) {
     A sum[V] = {}, v[V];
@@ -34,14 +35,15 @@ __global__ void __launch_bounds__(kPoolThreads) avg_pool2d_kernel(AvgPool2d a, i
 #pragma unroll
     for (int i = 0; i < V; i++) total[i] += sum[i];
   }
-  const A divisor = A(a.counted_rows(oy) * a.counted_columns(ox));
 #pragma unroll
   for (int i = 0; i < V; i++) total[i] /= divisor;
   put<V>(static_cast<T*>(a.to) + ((item * s.y.out + oy) * s.x.out + ox) * s.c + channel, total);
 }
 
-template <class T>
+// kWidth: what a lane reads at once; rows of a plane begin anywhere, so 1.
+template <class T, int kWidth>
 __global__ void __launch_bounds__(kPoolThreads) avg_pool2d_windows_kernel(AvgPool2d a, int64_t windows) {
+  static_assert(kWidth == 1);
   using A = Accumulate<T>;
   const PoolShape& s = a.shape;
   const int lane = int(threadIdx.x) % 32;
@@ -73,7 +75,7 @@ cudaError_t launch_forward(const AvgPool2d& a, cudaStream_t stream) {
   const int64_t outputs = s.outputs();
   const dim3 block(kPoolThreads);
   if (s.c == 1 && int64_t(s.y.kernel) * s.x.kernel >= kLargeWindow)
-    return launch(avg_pool2d_windows_kernel<T>, pool_blocks(32 * outputs), block, 0, stream, a, outputs);
+    return launch(avg_pool2d_windows_kernel<T, 1>, pool_blocks(32 * outputs), block, 0, stream, a, outputs);
   if (has_pieces<T>(a)) {
     const int64_t items = outputs / kLanes<T>;
     return launch(avg_pool2d_kernel<T, kLanes<T>>, pool_blocks(items), block, 0, stream, a, items);
