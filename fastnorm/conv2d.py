@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ._library import extension, ops
 from .activation import activate, check_activation
-from .module import intercept, intercepted
+from .module import intercept, intercepted, is_plain
 
 _forward = ops.conv2d_forward.default
 _backward = ops.conv2d_backward.default
@@ -215,3 +215,11 @@ class Conv2d(nn.Conv2d):
     def extra_repr(self) -> str:
         text = super().extra_repr()
         return text if self.activation is None else f"{text}, activation={self.activation!r}"
+
+
+_FORWARDS = {cls.forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2d)}
+
+
+def makes_its_result(module: nn.Module) -> bool:
+    """Whether a call of the module returns a tensor that nobody else has: a convolution, and nothing that looks on."""
+    return type(module).forward in _FORWARDS and is_plain(module)

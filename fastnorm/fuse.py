@@ -24,7 +24,7 @@ from torch.package import sys_importer
 from . import functional
 from ._trace import ABSENT, GIVEN, SEQUENCE, TENSOR, Guards, Trace, Untraceable, freeze, traces
 from .activation import activate
-from .conv2d import Conv2d
+from .conv2d import Conv2d, makes_its_result
 from .convert import (
     ORIGINAL,
     ConvertReport,
@@ -71,9 +71,6 @@ _NORM_FUNCTIONS = {
 
 # What a call can be fused into; a convolution adds nothing to its result.
 _FUSIBLE = (FusedNorm, Conv2d)
-
-# The forwards that make a tensor which nobody else has
-_CONVOLUTIONS = {cls.forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2d)}
 
 # Modules whose output is no view of their input
 _MAKE_NEW = (
@@ -261,7 +258,7 @@ def _made_by(norm: fx.Node, root: nn.Module) -> fx.Node | None:
     x = norm.args[0]
     if x.op != "call_module" or len(x.users) > 1:
         return None
-    return x if type(root.get_submodule(x.target)).forward in _CONVOLUTIONS else None
+    return x if makes_its_result(root.get_submodule(x.target)) else None
 
 
 def _obstacle(match: Match, root: nn.Module, order: dict[fx.Node, int], left: set[int]) -> str | None:
@@ -457,7 +454,7 @@ def call_norm(
         and (act is None or (name is not None and is_plain(act)))
         and _fits(x, residual)
     ):
-        own = made_by is not None and isinstance(norm, FusedNorm) and is_plain(made_by)
+        own = made_by is not None and isinstance(norm, FusedNorm) and makes_its_result(made_by)
         return (norm.fused_in_place if own else norm.fused)(x, residual, name, slope)
     return _finish(norm(x), residual, act, name, slope, in_place)
 

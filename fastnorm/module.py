@@ -1,6 +1,5 @@
 """What the fused modules share: their extra keywords, their repr, and being leaves of a trace."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -59,9 +58,9 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
-def norm_of_own(norm: FusedNorm, x: Tensor, residual: Tensor | None, made_by: Iterable[nn.Module]) -> Tensor:
-    """norm(x, residual) of what those modules made for the norm alone: perhaps in the memory of x."""
-    if type(x) is Tensor and is_plain(norm) and all(map(is_plain, made_by)):
+def norm_of_own(norm: FusedNorm, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """norm(x, residual) of an x that was made for the norm alone: perhaps in its memory."""
+    if type(x) is Tensor and is_plain(norm):
         return norm.fused_in_place(x, residual, norm.activation, norm.negative_slope)
     return norm(x) if residual is None else norm(x, residual)
 

@@ -221,25 +221,48 @@ def test_smallest_images(name):
             assert name == "googlenet", "a smaller image works too"
 
 
-@pytest.mark.parametrize("name", ["vgg11_bn", "resnet18", "densenet121", "googlenet"])
-def test_inference_leaves_what_hooks_saw(name):
+@pytest.mark.parametrize("hooked", [nn.Conv2d, fastnorm.BatchNorm2d])
+@pytest.mark.parametrize("name", ["lenet_bn", "vgg11_bn", "resnet18", "densenet121", "googlenet"])
+def test_inference_leaves_what_hooks_saw(name, hooked, monkeypatch):
     """In inference norms write over the results of convolutions, but not where a hook may have kept one."""
-    arguments = {"init_weights": False} if name == "googlenet" else {}
-    model, x = models.create(name, num_classes=3, small_images=True, **arguments).eval(), torch.randn(2, 3, 32, 32)
-    seen = []
+    arguments = {
+        "googlenet": {"init_weights": False, "aux_logits": False},
+        "lenet_bn": {"in_channels": 3, "image_size": 32},
+    }.get(name, {})
+    if name != "lenet_bn":
+        arguments["small_images"] = True
+    model, x = models.create(name, num_classes=3, **arguments).eval(), torch.randn(2, 3, 32, 32)
+    in_place, seen = [], []
+    overwrite = fastnorm._C.batch_norm_inference_
+    monkeypatch.setattr(fastnorm._C, "batch_norm_inference_", lambda x, *a: in_place.append(x) or overwrite(x, *a))
 
     def keep(module, args, y):
         seen.extend((t, t.clone()) for t in (args[0], y))
 
+    norms = sum(isinstance(m, fastnorm.BatchNorm2d) for m in model.modules())
+    expected = model(x).detach()  # with gradients, so that nothing is written over
+    assert not in_place
     with torch.no_grad():
-        expected = model(x)
+        assert torch.equal(model(x), expected)
+        assert len(in_place) == norms - (4 if name == "densenet121" else 0)  # all but what follows a block
+        in_place.clear()
         for module in model.modules():
-            if isinstance(module, nn.Conv2d | fastnorm.BatchNorm2d):
+            if isinstance(module, hooked):
                 module.register_forward_hook(keep)
         assert torch.equal(model(x), expected)
-    assert len(seen) > 10 and all(torch.equal(now, then) for now, then in seen)
-    model.requires_grad_(False)
-    assert torch.equal(model(x), expected)
+    # DenseNet's first norm of a layer follows a concatenation.
+    assert len(in_place) == (norms // 2 - 2 if name == "densenet121" and hooked is nn.Conv2d else 0)
+    assert len(seen) >= 4 and all(torch.equal(now, then) for now, then in seen)
+
+
+def test_inference_with_another_module_in_a_convolutions_place():
+    """What it returns may be somebody else's, here the shortcut."""
+    block, x = models.resnet18(small_images=True).layer1[0].eval(), torch.randn(2, 64, 8, 8)
+    block.conv1 = nn.Identity()
+    expected, before = block(x).detach(), x.clone()
+    with torch.no_grad():
+        assert torch.equal(block(x), expected)
+    assert torch.equal(x, before)
 
 
 def test_errors():

@@ -19,7 +19,7 @@ struct Buffer {
   int64_t margin, pitch, slots;
   A* rows;
 
-  Buffer(const PoolShape& s, PoolScratch scratch, size_t* bytes = nullptr) {
+  Buffer(const PoolShape& s, Arena scratch, size_t* bytes = nullptr) {
     margin = (s.x.kernel - 1) / s.x.stride + 1;
     pitch = margin + std::max<int64_t>(s.x.out, (s.x.in - 1 + int64_t(s.x.pad)) / s.x.stride + 1);
     slots = std::clamp<int64_t>(kBytes / (pitch * sizeof(A)), 1, std::min(kMost, s.n * s.y.in));

@@ -19,7 +19,7 @@ struct Buffer {
   int64_t pitch, slots;
   A* rows;
 
-  Buffer(const PoolShape& s, PoolScratch scratch, size_t* bytes = nullptr) {
+  Buffer(const PoolShape& s, Arena scratch, size_t* bytes = nullptr) {
     pitch = std::max<int64_t>(int64_t(s.x.pad) + s.x.in, (s.x.out - 1) * int64_t(s.x.stride) + s.x.kernel);
     slots = std::clamp<int64_t>(kBytes / (pitch * sizeof(A)), 1, std::min(kMost, s.n * s.y.out));
     rows = scratch.take<A>(size());

@@ -26,7 +26,7 @@ struct Divisors {
   A *y, *x;           // of the windows; x: followed by a vector of ones
   bool exact = true;  // all are powers of two: in their place are the reciprocals
 
-  Divisors(const AvgPool2d& a, PoolScratch& scratch) {
+  Divisors(const AvgPool2d& a, Arena& scratch) {
     const PoolShape& s = a.shape;
     y = scratch.take<A>(s.y.out), x = scratch.take<A>(s.x.out + kPoolLanes);
     if (!y) return;
@@ -51,7 +51,7 @@ struct Divisors {
   }
 
   // Forward: the positions of every window.
-  Span<A>* inside(const PoolAxis& axis, const A* divisor, PoolScratch& scratch) const {
+  Span<A>* inside(const PoolAxis& axis, const A* divisor, Arena& scratch) const {
     Span<A>* const spans = scratch.take<Span<A>>(axis.out);
     for (int o = 0; spans && o < axis.out; o++) {
       const int first = AvgPool2d::first_inside(axis, o);
@@ -60,7 +60,7 @@ struct Divisors {
     return spans;
   }
   // Backward: the windows of every position.
-  Span<A>* windows(const PoolAxis& axis, const A* divisor, PoolScratch& scratch) const {
+  Span<A>* windows(const PoolAxis& axis, const A* divisor, Arena& scratch) const {
     Span<A>* const spans = scratch.take<Span<A>>(axis.in);
     for (int i = 0; spans && i < axis.in; i++) {
       const int first = axis.first_window(i), end = std::max(first, axis.end_window(i));
@@ -78,7 +78,7 @@ struct Tables {
   Divisors<A> divisors;
   const Span<A>*rows, *columns;
 
-  Tables(const AvgPool2d& a, bool inputs, PoolScratch& scratch) : divisors(a, scratch) {
+  Tables(const AvgPool2d& a, bool inputs, Arena& scratch) : divisors(a, scratch) {
     const PoolAxis &y = a.shape.y, &x = a.shape.x;
     rows = inputs ? divisors.windows(y, divisors.y, scratch) : divisors.inside(y, divisors.y, scratch);
     columns = inputs ? divisors.windows(x, divisors.x, scratch) : divisors.inside(x, divisors.x, scratch);
@@ -337,7 +337,7 @@ struct ChannelSums {
 
 template <template <class> class Buffer>
 size_t workspace_bytes(const AvgPool2d& a, bool inputs) {
-  PoolScratch scratch{nullptr};
+  Arena scratch{nullptr};
   size_t bytes = 0;
   with_type(a.dtype, [&](auto zero) {
     using A = Accumulate<decltype(zero)>;
@@ -354,9 +354,9 @@ void pool(const AvgPool2d& a, bool inputs, Planes planes) {
   prefer_huge_pages(a.to, size_t((inputs ? s.inputs() : s.outputs()) * size_of(a.dtype)));
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    PoolScratch scratch{static_cast<char*>(a.workspace)};
+    Arena scratch{a.workspace};
     const Tables<Accumulate<T>> tables(a, inputs, scratch);
-    if (s.c == 1) return planes(zero, tables, scratch.at + scratch.used);
+    if (s.c == 1) return planes(zero, tables, scratch.begin + scratch.used);
     ChannelSums<T>(a, tables, inputs).run(a.threads);
   });
 }

@@ -38,13 +38,13 @@ struct DepthwisePlanes : ConvWork<T> {
         streaming(this->streams_runs(blocks.rows * x.out) && out_layout.pixels * sizeof(T) % 64 == 0),
         memory(*this) {}
 
-  void layout_shared(ConvScratch& s) {
+  void layout_shared(Arena& s) {
     weights = s.take<A>(groups * taps), bias = s.take<A>(groups), offset = s.take<int64_t>(taps);
   }
   struct Own {
     A *image, *results;
 
-    Own(const DepthwisePlanes& q, ConvScratch& s) {
+    Own(const DepthwisePlanes& q, Arena& s) {
       image = s.take<A>(q.planes.plane(q.blocks.rows));
       results = s.take<A>(q.blocks.rows * q.x.out + kTileVectors * kLane);
     }
@@ -104,14 +104,14 @@ struct DepthwisePlanes : ConvWork<T> {
   }
 
   void run() {
-    ConvScratch shared = memory.shared_at(p.workspace);
+    Arena shared = memory.shared_at(p.workspace);
     layout_shared(shared);
     for (int64_t c = 0; c < groups; c++) bias[c] = this->bias_of(c, 0);
     for (int64_t i = 0; i < groups * taps; i++) weights[i] = A(static_cast<const T*>(p.weight)[i]);
     for (int64_t k = 0; k < taps; k++) offset[k] = planes.offset(k / x.kernel, k % x.kernel);
     prefer_huge_pages(p.out, this->out_bytes());
     parallel(p.threads, [&](Team team) {
-      ConvScratch scratch = memory.own_at(p.workspace, team.rank);
+      Arena scratch = memory.own_at(p.workspace, team.rank);
       const Own own(*this, scratch);
       std::fill_n(own.image, planes.plane(blocks.rows), A(0));
       team.for_each(blocks.count * groups, [&](int64_t item) { run_item(item, own); });
@@ -143,7 +143,7 @@ struct DepthwisePixels : ConvWork<T> {
         streaming(this->streams_runs(channels)),
         memory(*this) {}
 
-  void layout_shared(ConvScratch& s) {
+  void layout_shared(Arena& s) {
     weights = s.take<A>(taps * channels), bias = s.take<A>(channels), zeros = s.take<T>(channels);
   }
   // What the taps of some pixels see: either of all of them in even steps, or of each by itself.
@@ -155,7 +155,7 @@ struct DepthwisePixels : ConvWork<T> {
   struct Own {
     Seen even, each;
 
-    Own(const DepthwisePixels& q, ConvScratch& s) {
+    Own(const DepthwisePixels& q, Arena& s) {
       even = {s.take<const T*>(q.taps), s.take<int64_t>(q.taps), 0};
       each = {s.take<const T*>(q.taps * kTogether), s.take<int64_t>(q.taps), 0};
     }
@@ -275,7 +275,7 @@ struct DepthwisePixels : ConvWork<T> {
   }
 
   void run() {
-    ConvScratch shared = memory.shared_at(p.workspace);
+    Arena shared = memory.shared_at(p.workspace);
     layout_shared(shared);
     std::fill_n(zeros, channels, T(0));
     for (int64_t c = 0; c < channels; c++) {
@@ -285,7 +285,7 @@ struct DepthwisePixels : ConvWork<T> {
     prefer_huge_pages(p.out, this->out_bytes());
     const int64_t per_sample = (y.out + kRows - 1) / kRows;
     parallel(p.threads, [&](Team team) {
-      ConvScratch scratch = memory.own_at(p.workspace, team.rank);
+      Arena scratch = memory.own_at(p.workspace, team.rank);
       const Own own(*this, scratch);
       team.for_each(n * per_sample, [&](int64_t i) {
         const int64_t begin = i % per_sample * kRows;

@@ -36,7 +36,7 @@ struct DepthwiseWeight : ConvWeightWork<T> {
         split(taps * channels * int64_t(sizeof(A)), rows, 1, channels, p.threads),
         memory(*this) {}
 
-  void layout_shared(ConvScratch& scratch) {
+  void layout_shared(Arena& scratch) {
     sums = scratch.take<A>(split.parts * taps * channels);
     bias_sums = scratch.take<A>(split.parts * channels);
   }
@@ -48,7 +48,7 @@ struct DepthwiseWeight : ConvWeightWork<T> {
   struct Own {
     Seen* seen;
 
-    Own(const DepthwiseWeight& q, ConvScratch& scratch) { seen = scratch.take<Seen>(q.taps); }
+    Own(const DepthwiseWeight& q, Arena& scratch) { seen = scratch.take<Seen>(q.taps); }
   };
   size_t bytes() const { return memory.bytes(p.threads); }
 
@@ -158,10 +158,10 @@ struct DepthwiseWeight : ConvWeightWork<T> {
   }
 
   void run() {
-    ConvScratch shared = memory.shared_at(p.workspace);
+    Arena shared = memory.shared_at(p.workspace);
     layout_shared(shared);
     parallel(p.threads, [&](Team team) {
-      ConvScratch scratch = memory.own_at(p.workspace, team.rank);
+      Arena scratch = memory.own_at(p.workspace, team.rank);
       const Own own(*this, scratch);
       team.for_each(split.parts * split.slices, [&](int64_t item) { run_item(item, own); });
     });

@@ -39,7 +39,7 @@ struct Direct : ConvWork<T> {
         streaming(!p.shape.channels_last && x.out % kColumns == 0 && this->streams_runs(x.out)),
         memory(*this) {}
 
-  void layout_shared(ConvScratch& s) {
+  void layout_shared(Arena& s) {
     weights = s.take<A>(groups * row_tiles * depth * kTileRows);
     bias = s.take<A>(groups * row_tiles * kTileRows);
     offset = s.take<int64_t>(depth);
@@ -47,7 +47,7 @@ struct Direct : ConvWork<T> {
   struct Own {
     A *image, *tile;
 
-    Own(const Direct& q, ConvScratch& s) {
+    Own(const Direct& q, Arena& s) {
       image = s.take<A>(q.terms * q.plane);
       tile = s.take<A>(kTileRows * kColumns);
     }
@@ -125,12 +125,12 @@ struct Direct : ConvWork<T> {
   }
 
   void run() {
-    ConvScratch shared = memory.shared_at(p.workspace);
+    Arena shared = memory.shared_at(p.workspace);
     layout_shared(shared);
     pack();
     prefer_huge_pages(p.out, this->out_bytes());
     parallel(p.threads, [&](Team team) {
-      ConvScratch scratch = memory.own_at(p.workspace, team.rank);
+      Arena scratch = memory.own_at(p.workspace, team.rank);
       const Own own(*this, scratch);
       std::fill_n(own.image, terms * plane, A(0));
       team.for_each(blocks.count * groups, [&](int64_t item) { run_item(item, own); });

@@ -57,7 +57,7 @@ struct DirectWeight : ConvWeightWork<T> {
   int64_t channels() const { return s.groups * s.co; }
   int64_t sums_of_part() const { return channels() * depth * kLane; }
 
-  void layout_shared(ConvScratch& scratch) {
+  void layout_shared(Arena& scratch) {
     sums = scratch.take<A>(split.parts * sums_of_part());
     bias_sums = scratch.take<A>(split.parts * channels() * kLane);
     offset = scratch.take<int64_t>(depth);
@@ -65,7 +65,7 @@ struct DirectWeight : ConvWeightWork<T> {
   struct Own {
     A *x, *dy;  // planes of a bundle
 
-    Own(const DirectWeight& q, ConvScratch& scratch) {
+    Own(const DirectWeight& q, Arena& scratch) {
       x = scratch.take<A>(q.bundle * q.s.ci * q.x_plane);
       dy = scratch.take<A>(q.bundle * q.split.widest() * q.dy_plane);
     }
@@ -186,14 +186,14 @@ struct DirectWeight : ConvWeightWork<T> {
   }
 
   void run() {
-    ConvScratch shared = memory.shared_at(p.workspace);
+    Arena shared = memory.shared_at(p.workspace);
     layout_shared(shared);
     for (int64_t k = 0; k < depth; k++) {
       const int64_t tap = k % s.taps();
       offset[k] = k / s.taps() * x_plane + planes.offset(tap / s.x.kernel, tap % s.x.kernel);
     }
     parallel(p.threads, [&](Team team) {
-      ConvScratch scratch = memory.own_at(p.workspace, team.rank);
+      Arena scratch = memory.own_at(p.workspace, team.rank);
       const Own own(*this, scratch);
       std::fill_n(own.x, bundle * s.ci * x_plane, A(0));
       std::fill_n(own.dy, bundle * split.widest() * dy_plane, A(0));

@@ -43,7 +43,7 @@ struct Product : ConvWork<T> {
         split(Work::split_panels(blocks.count * groups)),
         memory(*this) {}
 
-  void layout_shared(ConvScratch& s) {
+  void layout_shared(Arena& s) {
     weights = p.packed ? static_cast<A*>(p.packed) : s.take<A>(weights_size());
     bias = s.take<A>(groups * panels * kColumns);
     zeros = s.take<A>(terms + kColumns);
@@ -64,7 +64,7 @@ struct Product : ConvWork<T> {
     int64_t *place, *packed;
     Phase* phase;
 
-    Own(const Product& q, ConvScratch& s) {
+    Own(const Product& q, Arena& s) {
       const int64_t pixels = q.blocks.samples * q.blocks.rows * q.x.out;
       image = s.take<A>(q.copied ? ConvView<T>::elements(q.y, q.x, q.blocks, q.terms) : 0);
       sums = s.take<A>(pixels * kColumns);
@@ -205,13 +205,13 @@ struct Product : ConvWork<T> {
   }
 
   void run() {
-    ConvScratch shared = memory.shared_at(p.workspace);
+    Arena shared = memory.shared_at(p.workspace);
     layout_shared(shared);
     std::fill_n(zeros, terms + kColumns, A(0));
     prefer_huge_pages(p.out, this->out_bytes());
     parallel(p.threads, [&](Team team) {
       team.for_each(groups * panels, [&](int64_t item) { pack_panel(item); });
-      ConvScratch scratch = memory.own_at(p.workspace, team.rank);
+      Arena scratch = memory.own_at(p.workspace, team.rank);
       const Own own(*this, scratch);
       team.for_each(blocks.count * groups * split, [&](int64_t item) { run_item(item, own); });
     });

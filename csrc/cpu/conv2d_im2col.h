@@ -1,6 +1,7 @@
 // How the windows of a convolution meet an image, for the im2col kernels: columns are pointers to pixels, not copies.
 #pragma once
 #include "../conv2d.h"
+#include "arena.h"
 #include "conv2d_gemm.h"
 #include "conv2d_image.h"
 
@@ -150,19 +151,6 @@ struct ConvView {
         (row < row_begin || row >= row_begin + height || column < column_begin || column >= column_begin + width))
       return zeros;
     return pixel(sample, row, column);
-  }
-};
-
-// Pieces of a workspace, each on a cache line of its own.
-struct ConvScratch {
-  char* base;
-  size_t used = 0;
-
-  template <class A>
-  A* take(int64_t count) {
-    A* const p = reinterpret_cast<A*>(base + used);
-    used += (size_t(count) * sizeof(A) + 63) / 64 * 64;
-    return p;
   }
 };
 

@@ -50,7 +50,7 @@ struct WeightGradient : ConvWeightWork<T> {
   int64_t pitch() const { return runs * panels * kColumns; }  // from one channel of dy to the next
   int64_t sums_of_part() const { return s.groups * s.co * pitch(); }
 
-  void layout_shared(ConvScratch& scratch) {
+  void layout_shared(Arena& scratch) {
     sums = scratch.take<A>(split.parts * sums_of_part());
     bias_sums = scratch.take<A>(split.parts * s.groups * s.co);
     zeros = scratch.take<A>(s.ci + kColumns);
@@ -60,7 +60,7 @@ struct WeightGradient : ConvWeightWork<T> {
     A *image, *dy, *bias;
     const A **x_rows, **dy_rows;  // [run][pixel] and [pixel]
 
-    Own(const WeightGradient& q, ConvScratch& scratch) {
+    Own(const WeightGradient& q, Arena& scratch) {
       const int64_t pixels = q.blocks.samples * q.blocks.rows * q.x.out;
       image = scratch.take<A>(q.copied ? ConvView<T>::elements(q.y, q.x, q.blocks, q.x_pitch) : 0);
       dy = scratch.take<A>(q.plain ? 0 : pixels * spread(q.split.widest()));
@@ -162,11 +162,11 @@ struct WeightGradient : ConvWeightWork<T> {
   }
 
   void run() {
-    ConvScratch shared = memory.shared_at(p.workspace);
+    Arena shared = memory.shared_at(p.workspace);
     layout_shared(shared);
     std::fill_n(zeros, s.ci + kColumns, A(0));
     parallel(p.threads, [&](Team team) {
-      ConvScratch scratch = memory.own_at(p.workspace, team.rank);
+      Arena scratch = memory.own_at(p.workspace, team.rank);
       const Own own(*this, scratch);
       team.for_each(split.parts * split.slices * s.groups, [&](int64_t item) { run_item(item, own); });
       team.for_each(s.groups * s.co, [&](int64_t channel) { finish(channel); });

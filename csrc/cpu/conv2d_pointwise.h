@@ -24,9 +24,9 @@ struct Pointwise : ConvWork<T> {
   static constexpr int64_t kDepth = 128;        // terms that are summed by themselves: a longer sum is less exact
   static constexpr int64_t kBytes = 256 << 10;  // of a block's pixels, which stay in L2
 
-  const int64_t hw, pixels, panels;  // of a plane; of all samples
-  const int64_t block, blocks;       // panels of a block
-  const int64_t split;               // parts of the results that are work items of their own
+  const int64_t hw, pixels, vectors;  // pixels of a plane; of all samples; vectors of those
+  const int64_t block, blocks;        // vectors of a block, which are its panels
+  const int64_t split;                // parts of the results that are work items of their own
   const bool streaming;
   A* weights;
   const ConvMemory memory;
@@ -35,9 +35,9 @@ struct Pointwise : ConvWork<T> {
       : Work(problem),
         hw(Work::out_layout.pixels),
         pixels(n * hw),
-        panels((pixels + kColumns - 1) / kColumns),
+        vectors((pixels + kColumns - 1) / kColumns),
         block(std::clamp<int64_t>(kBytes / (std::max<int64_t>(terms, 1) * kColumns * sizeof(A)), 1, 8)),
-        blocks((panels + block - 1) / block),
+        blocks((vectors + block - 1) / block),
         split(split_results()),
         streaming(std::is_same_v<T, A> && hw % kColumns == 0 && Work::streams_runs(kColumns)),
         memory(*this) {}
@@ -50,12 +50,12 @@ struct Pointwise : ConvWork<T> {
   int64_t part_begin(int64_t part) const {
     return part == split ? results : results * part / split / kTileRows * kTileRows;
   }
-  void layout_shared(ConvScratch& s) { weights = p.packed ? static_cast<A*>(p.packed) : s.take<A>(weights_size()); }
+  void layout_shared(Arena& s) { weights = p.packed ? static_cast<A*>(p.packed) : s.take<A>(weights_size()); }
 
   struct Own {
     A* pixels;
 
-    Own(const Pointwise& q, ConvScratch& s) { pixels = s.take<A>(q.block * q.terms * kColumns); }
+    Own(const Pointwise& q, Arena& s) { pixels = s.take<A>(q.block * q.terms * kColumns); }
   };
 
   size_t bytes() const { return memory.bytes(p.threads); }
@@ -146,7 +146,7 @@ struct Pointwise : ConvWork<T> {
   }
 
   void run() {
-    ConvScratch shared = memory.shared_at(p.workspace);
+    Arena shared = memory.shared_at(p.workspace);
     layout_shared(shared);
     prefer_huge_pages(p.out, this->out_bytes());
     parallel(p.threads, [&](Team team) {
@@ -157,11 +157,11 @@ struct Pointwise : ConvWork<T> {
           const int64_t first = item % slices * kTogether;
           pack_tiles(item / slices, first, std::min(results, first + kTogether));
         });
-      ConvScratch scratch = memory.own_at(p.workspace, team.rank);
+      Arena scratch = memory.own_at(p.workspace, team.rank);
       const Own own(*this, scratch);
       team.for_each(blocks * groups * split, [&](int64_t item) {
         const int64_t part = item % split, group = item / split % groups, first = item / split / groups * block;
-        const int64_t last = std::min(panels, first + block);
+        const int64_t last = std::min(vectors, first + block);
         read(group, first * kColumns, std::min(pixels, last * kColumns), own.pixels);
         multiply(group, part_begin(part), part_begin(part + 1), first, last, own.pixels);
       });

@@ -162,14 +162,14 @@ struct ConvMemory {
 
   template <class Kernel>
   explicit ConvMemory(Kernel& kernel) {
-    ConvScratch scratch{nullptr};
+    Arena scratch{nullptr};
     kernel.layout_shared(scratch), shared = scratch.used;
-    ConvScratch of_thread{nullptr};
+    Arena of_thread{nullptr};
     typename Kernel::Own(kernel, of_thread), own = of_thread.used;
   }
   size_t bytes(int threads) const { return shared + threads * own; }
-  ConvScratch shared_at(void* workspace) const { return {static_cast<char*>(workspace)}; }
-  ConvScratch own_at(void* workspace, int rank) const { return {static_cast<char*>(workspace) + shared + rank * own}; }
+  Arena shared_at(void* workspace) const { return {workspace}; }
+  Arena own_at(void* workspace, int rank) const { return {static_cast<char*>(workspace) + shared + rank * own}; }
 };
 
 // ---- Entries --------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ struct Product : ConvWork<T> {
   int64_t pixels_point() const { return spread_points(tiles.most() * pitch); }
   int64_t products_point() const { return spread_points(tiles.most() * kColumns); }
 
-  void layout_shared(ConvScratch& s) {
+  void layout_shared(Arena& s) {
     filters = p.packed ? static_cast<A*>(p.packed) : s.take<A>(on_the_fly ? 0 : groups * panels * panel_filters);
     bias = s.take<A>(groups * panels * kColumns);
     zeros = s.take<A>(terms + kColumns);
@@ -74,7 +74,7 @@ struct Product : ConvWork<T> {
   struct Own {
     A *image, *pixels, *products, *results, *filters;
 
-    Own(const Product& q, ConvScratch& s) {
+    Own(const Product& q, Arena& s) {
       const ConvBlocks blocks = q.tiles.result_blocks();
       image = s.take<A>(q.plain ? 0 : ConvView<T>::elements(q.y, q.x, blocks, q.terms));
       pixels = s.take<A>(kPoints * q.pixels_point());
@@ -195,7 +195,7 @@ struct Product : ConvWork<T> {
   }
 
   void run() {
-    ConvScratch shared = memory.shared_at(p.workspace);
+    Arena shared = memory.shared_at(p.workspace);
     layout_shared(shared);
     std::fill_n(zeros, terms + kColumns, A(0));
     prefer_huge_pages(p.out, this->out_bytes());
@@ -204,7 +204,7 @@ struct Product : ConvWork<T> {
         read_bias(panel);
         if (!on_the_fly && !p.is_packed) transform_filters(panel, 0, terms, filters + panel * panel_filters);
       });
-      ConvScratch scratch = memory.own_at(p.workspace, team.rank);
+      Arena scratch = memory.own_at(p.workspace, team.rank);
       const Own own(*this, scratch);
       team.for_each(tiles.blocks.count * groups * split, [&](int64_t item) { run_item(item, own); });
     });

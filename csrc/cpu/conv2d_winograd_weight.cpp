@@ -44,7 +44,7 @@ struct WeightGradient : ConvWeightWork<T> {
   int64_t gradients_point() const { return spread_points(tiles.most() * dy_pitch()); }
   size_t bytes() const { return memory.bytes(p.threads); }
 
-  void layout_shared(ConvScratch& scratch) {
+  void layout_shared(Arena& scratch) {
     sums = scratch.take<A>(split.parts * sums_of_part());
     bias_sums = scratch.take<A>(split.parts * s.groups * s.co);
     zeros = scratch.take<A>(std::max(s.ci, s.co) + kColumns);
@@ -53,7 +53,7 @@ struct WeightGradient : ConvWeightWork<T> {
   struct Own {
     A *image, *dy, *pixels, *gradients, *bias;
 
-    Own(const WeightGradient& q, ConvScratch& scratch) {
+    Own(const WeightGradient& q, Arena& scratch) {
       const ConvBlocks blocks = q.tiles.result_blocks();
       image = scratch.take<A>(q.plain ? 0 : ConvView<T>::elements(q.y, q.x, blocks, q.s.ci));
       dy = scratch.take<A>(q.plain ? 0 : blocks.samples * blocks.rows * q.x.out * q.dy_pitch());
@@ -175,11 +175,11 @@ struct WeightGradient : ConvWeightWork<T> {
   }
 
   void run() {
-    ConvScratch shared = memory.shared_at(p.workspace);
+    Arena shared = memory.shared_at(p.workspace);
     layout_shared(shared);
     std::fill_n(zeros, std::max(s.ci, s.co) + kColumns, A(0));
     parallel(p.threads, [&](Team team) {
-      ConvScratch scratch = memory.own_at(p.workspace, team.rank);
+      Arena scratch = memory.own_at(p.workspace, team.rank);
       const Own own(*this, scratch);
       team.for_each(split.parts * split.slices * s.groups, [&](int64_t item) { run_item(item, own); });
       team.for_each(s.groups * s.co, [&](int64_t channel) { finish(channel); });

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "../group_norm.h"
+#include "arena.h"
 #include "channel_norm.h"
 #include "rows.h"
 #include "vector.h"
@@ -17,20 +18,6 @@ constexpr int64_t kPiece = 65536;
 inline bool one_each(int64_t tasks, int threads) {
   return threads == 1 || tasks % threads == 0 || tasks >= 4 * threads;
 }
-
-// Hands out pieces of a workspace, every one of them on a cache line of its own; from null it counts bytes.
-struct Arena {
-  char* begin;
-  size_t used = 0;
-
-  explicit Arena(void* p) : begin(static_cast<char*>(p)) {}
-  template <class U>
-  U* take(int64_t count) {
-    const size_t at = used;
-    used += (count * sizeof(U) + 63) / 64 * 64;
-    return begin ? reinterpret_cast<U*>(begin + at) : nullptr;
-  }
-};
 
 // weight and bias in the accumulate type, each value `repeat` times, and padded to whole packs.
 template <class T>

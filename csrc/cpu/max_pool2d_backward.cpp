@@ -24,7 +24,7 @@ struct AxisWindows {
   Windows* of;
   int next = 1, less;
 
-  AxisWindows(const PoolAxis& a, PoolScratch& scratch) : of(scratch.take<Windows>(a.in)) {
+  AxisWindows(const PoolAxis& a, Arena& scratch) : of(scratch.take<Windows>(a.in)) {
     while (next < a.out && int64_t(next) * a.stride % a.dilation) next++;
     less = int(int64_t(next) * a.stride / a.dilation);
     if (!of) return;
@@ -60,7 +60,7 @@ struct Ring {
   char* offset;
   Row<A>* rows;
 
-  Ring(const MaxPool2dBackward& a, PoolScratch scratch, size_t* used = nullptr)
+  Ring(const MaxPool2dBackward& a, Arena scratch, size_t* used = nullptr)
       : bytes(a.shape.offset_bytes()), widens(size_of(a.dtype) != sizeof(A)) {
     const PoolShape& s = a.shape;
     margin = int64_t(s.x.kernel - 1) * s.x.dilation / s.x.stride;
@@ -282,7 +282,7 @@ void gather_pixels(const MaxPool2dBackward& a, int64_t n, int iy, const AxisWind
 }  // namespace
 
 size_t max_pool2d_backward_workspace(const MaxPool2dBackward& a) {
-  PoolScratch scratch{nullptr};
+  Arena scratch{nullptr};
   AxisWindows(a.shape.y, scratch), AxisWindows(a.shape.x, scratch);
   size_t bytes = 0;
   if (a.shape.c == 1)
@@ -293,10 +293,10 @@ size_t max_pool2d_backward_workspace(const MaxPool2dBackward& a) {
 void max_pool2d_backward(const MaxPool2dBackward& a) {
   const PoolShape& s = a.shape;
   prefer_huge_pages(a.dx, size_t(s.inputs() * size_of(a.dtype)));
-  PoolScratch scratch{static_cast<char*>(a.workspace)};
+  Arena scratch{a.workspace};
   const AxisWindows y(s.y, scratch), x(s.x, scratch);
   if (s.c == 1) {
-    char* const rings = scratch.at + scratch.used;
+    char* const rings = scratch.begin + scratch.used;
     return a.dtype == DType::kFloat64 ? gather_planes<double>(a, y, rings) : gather_planes<float>(a, y, rings);
   }
   with_type(a.dtype, [&](auto zero) {

@@ -103,7 +103,7 @@ struct Ring {
     Tap<A> first;
   }* rows;
 
-  Ring(const PoolShape& s, PoolScratch scratch, size_t* bytes = nullptr)
+  Ring(const PoolShape& s, Arena scratch, size_t* bytes = nullptr)
       : pitch(s.x.out + kPoolLanes), slots(std::min<int64_t>((s.y.kernel - 1) * int64_t(s.y.dilation) + 1, s.y.in)) {
     row = scratch.take<A>(kWidens ? s.x.in : 0), output = scratch.take<A>(kWidens ? s.x.out : 0);
     value = scratch.take<A>(slots * pitch), tap = scratch.take<Tap<A>>(slots * pitch);

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "../pool.h"
+#include "arena.h"
 #include "parallel.h"
 #include "vector.h"
 
@@ -148,19 +149,6 @@ inline void for_rows(Team team, int64_t planes, int rows, F body) {
     for (int64_t plane = planes * group / groups; plane < end; plane++) body(plane, first_row, end_row);
   });
 }
-
-// Memory for each thread, in pieces of whole cache lines.
-struct PoolScratch {
-  char* at;
-  size_t used = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    T* const p = at ? reinterpret_cast<T*>(at + used) : nullptr;
-    used += (size_t(count) * sizeof(T) + 63) / 64 * 64;
-    return p;
-  }
-};
 
 }  // namespace
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

@@ -54,7 +54,7 @@ cudaError_t launch_pieces(const AvgPool2d& a, cudaStream_t stream) {
 namespace cuda {
 
 cudaError_t avg_pool2d_backward(const AvgPool2d& a, cudaStream_t stream) {
-  return with_pool_type(a.dtype, [&](auto zero) {
+  return with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     return has_pieces<T>(a) ? launch_pieces<T, kLanes<T>>(a, stream) : launch_pieces<T, 1>(a, stream);
   });

@@ -88,7 +88,7 @@ cudaError_t launch_forward(const AvgPool2d& a, cudaStream_t stream) {
 namespace cuda {
 
 cudaError_t avg_pool2d_forward(const AvgPool2d& a, cudaStream_t stream) {
-  return with_pool_type(a.dtype, [&](auto zero) { return launch_forward<decltype(zero)>(a, stream); });
+  return with_type(a.dtype, [&](auto zero) { return launch_forward<decltype(zero)>(a, stream); });
 }
 
 }  // namespace cuda

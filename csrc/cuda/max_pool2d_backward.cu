@@ -153,7 +153,7 @@ cudaError_t launch_backward(const MaxPool2dBackward& a, cudaStream_t stream) {
 namespace cuda {
 
 cudaError_t max_pool2d_backward(const MaxPool2dBackward& a, cudaStream_t stream) {
-  return with_pool_type(a.dtype, [&](auto zero) { return launch_backward<decltype(zero)>(a, stream); });
+  return with_type(a.dtype, [&](auto zero) { return launch_backward<decltype(zero)>(a, stream); });
 }
 
 }  // namespace cuda

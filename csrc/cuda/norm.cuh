@@ -188,17 +188,6 @@ struct Needs {
         mask(a.mask && a.activation != Activation::kNone) {}
 };
 
-// Calls f with a value of the type.
-template <class F>
-auto with_type(DType type, F f) {
-  switch (type) {
-    case DType::kFloat64: return f(double());
-    case DType::kFloat16: return f(__half());
-    case DType::kBFloat16: return f(__nv_bfloat16());
-    default: return f(float());
-  }
-}
-
 // ---- Shared memory and alignment ------------------------------------------------------------------------------------
 
 // Shared memory that is handed out piece by piece.

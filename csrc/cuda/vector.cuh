@@ -22,6 +22,17 @@ struct AccumulateOf<double> {
 template <class T>
 using Accumulate = typename AccumulateOf<T>::type;
 
+// Calls f with a value of the type.
+template <class F>
+auto with_type(DType type, F f) {
+  switch (type) {
+    case DType::kFloat64: return f(double());
+    case DType::kFloat16: return f(__half());
+    case DType::kBFloat16: return f(__nv_bfloat16());
+    default: return f(float());
+  }
+}
+
 // torch's build turns off the operators of __half and __nv_bfloat16; conversions by name always work.
 __device__ __forceinline__ double widen(double v) { return v; }
 __device__ __forceinline__ float widen(float v) { return v; }

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from .. import nn
+from ..conv2d import makes_its_result
 from ..module import FusedNorm, norm_of_own
 
 NormLayer = Callable[[int], torch.nn.Module]
@@ -29,27 +30,27 @@ def plain_norm(norm_layer: NormLayer, channels: int) -> torch.nn.Module:
     return norm
 
 
-def norm_relu(
-    norm: torch.nn.Module, x: Tensor, residual: Tensor | None = None, *, made_by: Iterable[torch.nn.Module] = ()
-) -> Tensor:
-    """relu(norm(x) + residual) of an x that those modules made for the norm alone: one call if it is fastnorm's."""
+def norm_relu(norm: torch.nn.Module, x: Tensor, residual: Tensor | None = None, *, own: bool = False) -> Tensor:
+    """relu(norm(x) + residual), one call if the norm is fastnorm's; own: whether x was made for the norm alone."""
     if isinstance(norm, FusedNorm) and norm.activation == "relu":
-        return norm_of_own(norm, x, residual, made_by)
+        if own:
+            return norm_of_own(norm, x, residual)
+        return norm(x) if residual is None else norm(x, residual)
     y = norm(x)
     return nn.functional.relu(y if residual is None else y + residual)
 
 
 def conv_norm_relu(conv: torch.nn.Module, norm: torch.nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """relu(norm(conv(x)) + residual)"""
-    return norm_relu(norm, conv(x), residual, made_by=(conv,))
+    return norm_relu(norm, conv(x), residual, own=makes_its_result(conv))
 
 
 def run_layers(layers: Iterable[torch.nn.Module], x: Tensor) -> Tensor:
     """One layer after the other; a norm may take the place of the result of the convolution before it."""
     before = None
     for layer in layers:
-        own = isinstance(before, nn.Conv2d) and isinstance(layer, FusedNorm)
-        x = norm_of_own(layer, x, None, (before,)) if own else layer(x)
+        own = before is not None and isinstance(layer, FusedNorm) and makes_its_result(before)
+        x = norm_of_own(layer, x) if own else layer(x)
         before = layer
     return x
 

@@ -23,7 +23,7 @@ class DenseLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        x = norm_relu(self.norm1, torch.cat(features, 1))
+        x = norm_relu(self.norm1, torch.cat(features, 1), own=True)
         return self.dropout(self.conv2(conv_norm_relu(self.conv1, self.norm2, x)))
 
 
