@@ -19,7 +19,7 @@ void print_plan() {
   };
   const PoolShape shape = n[7] ? PoolShape{4, n[0], axis(n[1]), axis(n[2])}
                                : PoolShape{4 * n[0], 1, axis(n[1]), axis(n[2])};
-  with_pool_type(DType(n[8]), [&](auto zero) {
+  with_type(DType(n[8]), [&](auto zero) {
     std::printf("{\"way\": %d}\n", int(way_of<decltype(zero)>(shape, pointer(n[9]), pointer(0), pointer(0))));
     return cudaSuccess;
   });
