@@ -1,8 +1,8 @@
 """Convolution's cases: layers of real networks, each pass by every algorithm, torch's own beside it.
 
 `auto` is what fastnorm takes; the other rows show what it chose from. With --precision high, as with
-torch.set_float32_matmul_precision("high"), Winograd's algorithm is among that. The share of copy is that of the fewest
-bytes, which few convolutions are bound by.
+torch.set_float32_matmul_precision("high"), Winograd's with 4x4 tiles is among that. The share of copy is that of the
+fewest bytes, which few convolutions are bound by.
 """
 
 from collections.abc import Callable, Iterator
@@ -55,6 +55,7 @@ def algorithms(shape: tuple, window: tuple) -> Iterator[str]:
     if min(ci, co) // groups <= 16:
         yield "direct"
     if kernel == 3 and stride == 1 and groups == 1:
+        yield "winograd_2x2"
         yield "winograd"
 
 

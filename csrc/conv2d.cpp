@@ -62,7 +62,8 @@ std::optional<ConvAlgorithm> algorithm_of(std::string_view name) {
   if (name == "auto") return std::nullopt;
   for (int i = 0; i < int(std::size(kConvAlgorithmNames)); i++)
     if (name == kConvAlgorithmNames[i]) return ConvAlgorithm(i);
-  TORCH_CHECK_VALUE(false, kOp, ": algorithm must be one of auto, torch, im2col, direct, depthwise, winograd, got ",
+  TORCH_CHECK_VALUE(false, kOp,
+                    ": algorithm must be one of auto, torch, im2col, direct, depthwise, winograd, winograd_2x2, got ",
                     name);
 }
 
@@ -178,37 +179,52 @@ ConvAlgorithm choose(std::optional<ConvAlgorithm> forced, const ConvShape& shape
 // An elementwise kernel's element takes as long as so many of a product's terms, for the number of threads.
 constexpr int64_t kTermsPerElement = 32;
 
-// run(algorithm, args, a tensor on the device, device) of a pass, with the cases of its CPU kernels.
-#define FASTNORM_CONV2D_RUN(Args, pass, ...)                                        \
-  void run(ConvAlgorithm algorithm, Args args, const Tensor& like, Device device) { \
-    args.threads = cpu_threads(args.shape.multiply_adds() / kTermsPerElement);      \
-    args.tf32 = at::globalContext().allowTF32CuBLAS();                              \
-    FASTNORM_CONV2D_CUDA(pass)                                                      \
-    FASTNORM_CONV2D_CPU(__VA_ARGS__)                                                \
+// run_kernel(algorithm, args, a tensor on the device, device) of a pass, with the cases of its CPU kernels.
+#define FASTNORM_CONV2D_RUN(Args, pass, ...)                                               \
+  void run_kernel(ConvAlgorithm algorithm, Args args, const Tensor& like, Device device) { \
+    args.threads = cpu_threads(args.shape.multiply_adds() / kTermsPerElement);             \
+    args.tf32 = at::globalContext().allowTF32CuBLAS();                                     \
+    FASTNORM_CONV2D_CUDA(pass)                                                             \
+    FASTNORM_CONV2D_CPU(__VA_ARGS__)                                                       \
   }
 // clang-format off
 FASTNORM_CONV2D_RUN(Conv2dForward, forward,
                     FASTNORM_CONV2D_CASE(kIm2col, im2col, forward)
                     FASTNORM_CONV2D_CASE(kDirect, direct, forward)
                     FASTNORM_CONV2D_CASE(kDepthwise, depthwise, forward)
-                    FASTNORM_CONV2D_CASE(kWinograd, winograd, forward))
+                    FASTNORM_CONV2D_CASE(kWinograd, winograd, forward)
+                    FASTNORM_CONV2D_CASE(kWinograd2x2, winograd_2x2, forward))
 FASTNORM_CONV2D_RUN(Conv2dBackwardInput, backward_input,
                     FASTNORM_CONV2D_CASE(kIm2col, im2col, backward_input)
                     FASTNORM_CONV2D_CASE(kDirect, direct, backward_input)
                     FASTNORM_CONV2D_CASE(kDepthwise, depthwise, backward_input)
-                    FASTNORM_CONV2D_CASE(kWinograd, winograd, backward_input))
+                    FASTNORM_CONV2D_CASE(kWinograd, winograd, backward_input)
+                    FASTNORM_CONV2D_CASE(kWinograd2x2, winograd_2x2, backward_input))
 FASTNORM_CONV2D_RUN(Conv2dBackwardWeight, backward_weight,
                     FASTNORM_CONV2D_CASE(kIm2col, im2col, backward_weight)
                     FASTNORM_CONV2D_CASE(kDirect, direct, backward_weight)
                     FASTNORM_CONV2D_CASE(kDepthwise, depthwise, backward_weight)
-                    FASTNORM_CONV2D_CASE(kWinograd, winograd, backward_weight))
+                    FASTNORM_CONV2D_CASE(kWinograd, winograd, backward_weight)
+                    FASTNORM_CONV2D_CASE(kWinograd2x2, winograd_2x2, backward_weight))
 // clang-format on
+
+// Where Winograd's sums are not all finite, plain sums take their place: infinities are as torch has them.
+template <class Args>
+void run(ConvAlgorithm algorithm, Args args, const Tensor& like, Device device) {
+  bool all_finite = true;
+  args.all_finite = &all_finite;
+  run_kernel(algorithm, args, like, device);
+  if (all_finite) return;
+  if constexpr (requires { args.packed; }) args.packed = nullptr, args.is_packed = false;
+  run_kernel(ConvAlgorithm::kIm2col, args, like, device);
+}
 
 // Of a weight in the kernel's form; 0 for kernels that pack it as fast as it is compared.
 size_t packed_bytes(ConvAlgorithm algorithm, const Conv2dForward& a) {
 #ifndef FASTNORM_CUDA_EMULATION
   if (algorithm == ConvAlgorithm::kIm2col) return cpu::conv2d_im2col_packed(a);
   if (algorithm == ConvAlgorithm::kWinograd) return cpu::conv2d_winograd_packed(a);
+  if (algorithm == ConvAlgorithm::kWinograd2x2) return cpu::conv2d_winograd_2x2_packed(a);
 #endif
   return 0;
 }

@@ -20,6 +20,8 @@
 //   depthwise  a group per channel; the gradient to the weight in channels_last, otherwise that is direct's
 //
 //   winograd   F(4x4, 3x3): 3x3 windows with stride 1 in a quarter of the multiplications, with 10 times the error
+//
+//   winograd_2x2   F(2x2, 3x3): likewise in 4/9 of the multiplications, with half of plain sums' error
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -36,10 +38,10 @@ namespace fastnorm {
 // Channels of x in a group, at most, for the direct gradient to the weight, whose sums take a vector each.
 constexpr int64_t kDirectTerms = 16;
 
-enum class ConvAlgorithm { kTorch, kIm2col, kDirect, kDepthwise, kWinograd };
+enum class ConvAlgorithm { kTorch, kIm2col, kDirect, kDepthwise, kWinograd, kWinograd2x2 };
 
 // In the order of the enum.
-constexpr const char* kConvAlgorithmNames[] = {"torch", "im2col", "direct", "depthwise", "winograd"};
+constexpr const char* kConvAlgorithmNames[] = {"torch", "im2col", "direct", "depthwise", "winograd", "winograd_2x2"};
 
 // The windows along one direction.  Padding may be larger than the window.
 struct ConvAxis {
@@ -77,10 +79,11 @@ struct Conv2dForward {
   double negative_slope;  // leaky_relu's
   // Where the weight is packed to, as many bytes as ..._packed() says, for other calls too; null: to the workspace.
   void* packed;
-  bool is_packed;   // it is there already, and `weight` is not looked at
-  void* workspace;  // as many bytes as ..._workspace() says; uninitialised
-  int threads;      // at most, for the CPU kernels
-  bool tf32;        // whether float32 may be rounded to tf32 in products
+  bool is_packed;    // it is there already, and `weight` is not looked at
+  void* workspace;   // as many bytes as ..._workspace() says; uninitialised
+  int threads;       // at most, for the CPU kernels
+  bool tf32;         // whether float32 may be rounded to tf32 in products
+  bool* all_finite;  // winograd: made false where a sum is not finite
 };
 
 struct Conv2dBackwardInput {
@@ -89,7 +92,8 @@ struct Conv2dBackwardInput {
   void* dx;
   void* workspace;
   int threads;
-  bool tf32;  // whether float32 may be rounded to tf32 in products
+  bool tf32;         // whether float32 may be rounded to tf32 in products
+  bool* all_finite;  // winograd: made false where a sum is not finite
 };
 
 struct Conv2dBackwardWeight {
@@ -98,7 +102,8 @@ struct Conv2dBackwardWeight {
   void *dweight, *dbias;  // dbias may be null
   void* workspace;
   int threads;
-  bool tf32;  // whether float32 may be rounded to tf32 in products
+  bool tf32;         // whether float32 may be rounded to tf32 in products
+  bool* all_finite;  // winograd: made false where a sum is not finite
 };
 
 // The kernels of an algorithm, each with the size of the workspace that it needs.
@@ -113,10 +118,12 @@ struct Conv2dBackwardWeight {
 namespace cpu {
 FASTNORM_CONV2D_CPU_KERNELS(im2col)
 FASTNORM_CONV2D_CPU_KERNELS(winograd)
+FASTNORM_CONV2D_CPU_KERNELS(winograd_2x2)
 FASTNORM_CONV2D_CPU_KERNELS(direct)
 FASTNORM_CONV2D_CPU_KERNELS(depthwise)
 FASTNORM_CPU_KERNEL(size_t, conv2d_im2col_packed, Conv2dForward)
 FASTNORM_CPU_KERNEL(size_t, conv2d_winograd_packed, Conv2dForward)
+FASTNORM_CPU_KERNEL(size_t, conv2d_winograd_2x2_packed, Conv2dForward)
 }  // namespace cpu
 
 #ifdef FASTNORM_CUDA

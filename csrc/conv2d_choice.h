@@ -11,7 +11,8 @@ enum class ConvPass { kForward, kBackwardInput, kBackwardWeight };
 inline bool computes(ConvAlgorithm algorithm, const ConvShape& s, ConvPass pass) {
   auto is_3x3 = [](const ConvAxis& a) { return a.kernel == 3 && a.stride == 1 && a.dilation == 1 && a.pad <= 2; };
   switch (algorithm) {
-    case ConvAlgorithm::kWinograd: return is_3x3(s.y) && is_3x3(s.x) && s.dtype != DType::kFloat64;
+    case ConvAlgorithm::kWinograd:
+    case ConvAlgorithm::kWinograd2x2: return is_3x3(s.y) && is_3x3(s.x) && s.dtype != DType::kFloat64;
     case ConvAlgorithm::kDirect: return pass != ConvPass::kBackwardWeight || s.ci <= kDirectTerms;
     case ConvAlgorithm::kDepthwise:
       return s.ci == 1 && s.co == 1 && (s.channels_last || pass != ConvPass::kBackwardWeight);
@@ -19,18 +20,19 @@ inline bool computes(ConvAlgorithm algorithm, const ConvShape& s, ConvPass pass)
   }
 }
 
-// What a choice looks at: channels of a group that are read and made, results, their pixels and tiles of 4x4 of these.
+// What a choice looks at: channels of a group that are read and made, results and their pixels.
 struct ConvMeasure {
-  int64_t terms, made, results, pixels, tiles;
+  int64_t n, height, width, terms, made, results, pixels;
 
   ConvMeasure(const ConvShape& s, ConvPass pass) {
     const bool to_input = pass == ConvPass::kBackwardInput;
     terms = to_input ? s.co : s.ci, made = to_input ? s.ci : s.co;
     results = to_input ? s.inputs() : s.outputs();
-    const int64_t height = to_input ? s.y.in : s.y.out, width = to_input ? s.x.in : s.x.out;
-    pixels = s.n * height * width;
-    tiles = s.n * ((height + 3) / 4) * ((width + 3) / 4);
+    n = s.n, height = to_input ? s.y.in : s.y.out, width = to_input ? s.x.in : s.x.out;
+    pixels = n * height * width;
   }
+  // Tiles of edge x edge results.
+  int64_t tiles(int edge) const { return n * ((height + edge - 1) / edge) * ((width + edge - 1) / edge); }
 };
 
 // A row: an algorithm, where it is taken, and why.  The first that fits counts.
@@ -48,10 +50,15 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate)
   // Past the caches torch pays for page faults and for reading what it is going to overwrite.
   const bool large = m.results * 4 > (int64_t(16) << 20);
 
-  // A quarter of the multiplications, if the filters' transform pays, tiles are filled and channels fill the vectors.
+  // A quarter of the multiplications, where the error is allowed, or 4/9 with less of it than torch's own sums have; if
+  // the filters' transform pays, tiles are filled and channels fill the vectors.
+  const int64_t tiles_4x4 = m.tiles(4), tiles_2x2 = m.tiles(2);
+  const bool vectors = s.ci >= 16 && s.co >= 16;
   if (takes(ConvAlgorithm::kWinograd,
-            approximate && m.tiles >= (to_weight ? 24 : 16) && m.pixels >= 8 * m.tiles && s.ci >= 16 && s.co >= 16))
+            approximate && vectors && tiles_4x4 >= (to_weight ? 48 : 16) && m.pixels >= 10 * tiles_4x4))
     return ConvAlgorithm::kWinograd;
+  if (takes(ConvAlgorithm::kWinograd2x2, vectors && tiles_2x2 >= 8 && m.pixels >= 2 * tiles_2x2))
+    return ConvAlgorithm::kWinograd2x2;
   // Groups of few channels leave the lanes of a matrix product empty; pixels fill them.
   if (s.groups > 1) {
     if (s.ci == 1 && s.co == 1) {

@@ -55,18 +55,22 @@ def conv2d(
         activation: None, "relu", "relu6", "leaky_relu" (slope 0.01), "elu", "sigmoid", "tanh", "silu", "gelu",
             "gelu_tanh" or "hardswish".
         algorithm: "auto" takes what measured fastest, torch's own convolution among it. "im2col" (any convolution),
-            "direct" (meant for few channels), "depthwise" (one input channel per group) and "winograd" (3x3, stride
-            and dilation 1, padding up to 2) ask for one of fastnorm's, "torch" for torch's; in the backward pass too.
+            "direct" (meant for few channels), "depthwise" (one input channel per group), "winograd" and "winograd_2x2"
+            (F(4x4, 3x3) and F(2x2, 3x3): 3x3, stride and dilation 1, padding up to 2) ask for one of fastnorm's,
+            "torch" for torch's; in the backward pass too.
 
     Returns:
         Tensor of shape (N, O, H', W') or (O, H', W') with H' = floor((H + 2 padding - dilation (kH - 1) - 1) / stride)
         + 1, of the input's dtype.
 
     Accuracy:
-        Sums are in float32 (float64 for float64) and rounded once. Where
-        :func:`torch.set_float32_matmul_precision` is set to "high" or "medium", float32 convolutions may take
-        Winograd's F(4x4, 3x3) on the CPU: within 3e-5 of the largest result, and a NaN or infinity shows in all 16
-        results of a tile. With "highest", torch's default, they do not.
+        Sums are in float32 (float64 for float64) and rounded once. On the CPU, 3x3 windows with stride 1 take
+        Winograd's F(2x2, 3x3), which adds up a ninth of the terms and only adds, subtracts and halves beside it: 0.1 to
+        0.5 of torch's own largest error in the result, up to twice that of its gradients (of the largest number in
+        them). A number's error goes with the largest pixel and weight that it sees. Where
+        :func:`torch.set_float32_matmul_precision` is set to "high" or "medium", F(4x4, 3x3) is allowed too: within 3e-5
+        of the largest result. If any of their sums is not finite, plain sums take their place: NaN and infinities are
+        where torch has them.
 
     Memory:
         On the CPU, the third call that sees a weight which was not written to keeps it in the form in which the kernel

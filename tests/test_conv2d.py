@@ -41,9 +41,10 @@ CASES = {
     "window of the image": ((2, 3, 6, 5), (4, 3, 6, 5), 1, 0, 1, 1),
     "steps beyond the window": ((1, 3, 11, 10), (4, 3, 2, 1), (4, 3), 0, 1, 1),
 }
+WINOGRAD = ("winograd", "winograd_2x2")
 COMPUTES = {
     "im2col": lambda case: True,
-    "winograd": lambda case: CASES[case][1][2:] == (3, 3) and CASES[case][2] == CASES[case][4] == 1,
+    **dict.fromkeys(WINOGRAD, lambda case: CASES[case][1][2:] == (3, 3) and CASES[case][2] == CASES[case][4] == 1),
     "direct": lambda case: CASES[case][1][1] <= 4,
     "depthwise": lambda case: CASES[case][1][1] == 1 and CASES[case][5] == CASES[case][1][0],
 }
@@ -53,7 +54,7 @@ KERNELS = [(a, c) for a, c in itertools.product(COMPUTES, CASES) if COMPUTES[a](
 def skip_what_is_missing(backend, algorithm, dtype=torch.float32):
     if (backend.device == "cuda" or backend.small) and algorithm not in ("auto", "im2col"):
         pytest.skip("the CUDA kernels are one algorithm")
-    if algorithm == "winograd" and dtype == torch.float64:
+    if algorithm in WINOGRAD and dtype == torch.float64:
         pytest.skip("float64 goes the exact ways")
 
 
@@ -125,7 +126,7 @@ def changes():
     yield lambda w: setattr(w, "data", w.data.roll(1, 0))
 
 
-@pytest.mark.parametrize("algorithm", ["im2col", "winograd"])
+@pytest.mark.parametrize("algorithm", ["im2col", *WINOGRAD])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kept_weights_follow_every_change(algorithm, layout):
     """Packed weights are kept between calls: results never depend on it, however the weight was written to."""
@@ -149,8 +150,9 @@ def test_kept_weights_follow_every_change(algorithm, layout):
             y, expected = (conv2d(to_layout(x, other_layout), w, None, *window, algorithm=algorithm)
                            for w in (kept, kept.clone()))  # fmt: skip
             assert torch.equal(y, expected), (other_layout, window)
-    other = "im2col" if algorithm == "winograd" else "winograd"
-    assert torch.equal(conv2d(x, kept, padding=1, algorithm=other), conv2d(x, kept.clone(), padding=1, algorithm=other))
+    for other in ("im2col", *WINOGRAD):
+        y, expected = (conv2d(x, w, padding=1, algorithm=other) for w in (kept, kept.clone()))
+        assert torch.equal(y, expected), other
     wide = torch.cat([x, x], 1)
     a, b = (conv2d(wide, w, padding=1, groups=2, algorithm=algorithm) for w in (kept, kept.clone()))
     assert torch.equal(a, b)
@@ -210,8 +212,6 @@ def test_activations(backend, algorithm, activation, layout):
 @pytest.mark.parametrize("algorithm, case", KERNELS)
 def test_infinities_stay_where_they_are_seen(algorithm, case):
     """In the gradient to the weight: a vector's lanes beyond the end of a row must not see the next row."""
-    if algorithm == "winograd":
-        pytest.skip("its docstring says what a tile makes of them")
     shape, weight_shape, stride, padding, dilation, groups = CASES[case]
     for layout in LAYOUTS:
         x = torch.randn(shape)
@@ -296,28 +296,72 @@ def test_long_sums_are_as_exact_as_torchs(layout, kernel, channels):
     assert error(ours, exact) < 2 * error(theirs, exact)
 
 
-def test_nan_stays_where_windows_see_it(backend):
-    x, weight = torch.randn(1, 4, 9, 9, device=backend.device), torch.randn(3, 4, 3, 3, device=backend.device)
-    x[0, 1, 4, 4], x[0, 2, 0, 8] = float("nan"), float("inf")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mean", [0.0, 10.0, 1e4])
+@pytest.mark.parametrize("channels, size", [(64, 12), (512, 5)])
+def test_winograd_2x2_is_as_exact_as_torchs(layout, mean, channels, size):
+    """The result as torch's convolution, or better; gradients within twice its error."""
+
+    def results(function, dtype):
+        generator = torch.Generator().manual_seed(0)
+        x, weight = (
+            torch.randn(s, generator=generator) for s in ((8, channels, size, size), (channels, channels, 3, 3))
+        )
+        leaves = [to_layout(t, layout).to(dtype).requires_grad_() for t in (x + mean, weight)]
+        y = function(*leaves, None, 1, 1)
+        dy = torch.randn(y.shape, generator=generator).to(dtype)
+        return y.detach(), *torch.autograd.grad(y, leaves, to_layout(dy, layout))
+
+    exact = results(F.conv2d, torch.float64)
+    ours = results(lambda *a: conv2d(*a, algorithm="winograd_2x2"), torch.float32)
+    theirs = results(F.conv2d, torch.float32)
+    for a, b, c, times in zip(ours, theirs, exact, (1, 2, 2), strict=True):
+        assert error(a, c) < times * error(b, c)
+
+
+@pytest.mark.parametrize("algorithm", ["im2col", *WINOGRAD])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_what_is_not_finite_is_as_in_plain_sums(backend, algorithm, value):
+    """Also where transforms take infinity from infinity, or the sum of two numbers is beyond the largest float32."""
+    skip_what_is_missing(backend, algorithm)
+    x, weight = torch.randn(1, 20, 9, 9), torch.randn(24, 20, 3, 3) / 8
+    x[0, 1, 4, 4], x[0, 2, 0, 8], x[0, 1, 4, 5] = value, float("inf"), value
+
+    def results(function, x, weight):
+        leaves = [t.detach().requires_grad_() for t in (x, weight)]
+        y = function(*leaves, None, 1, 1)
+        return y.detach(), *torch.autograd.grad(y, leaves, x[:, :1].expand_as(y))
+
     for layout in LAYOUTS:
-        y = conv2d(to_layout(x, layout), weight, None, 1, 1, algorithm="im2col")
-        z = F.conv2d(to_layout(x, layout).double(), weight.double(), None, 1, 1)
-        assert torch.equal(y.isfinite(), z.isfinite())
+        exact = results(F.conv2d, *(t.double() for t in (x, weight)))
+        for activation in (None, "relu"):
+            ours = results(lambda *a, k=activation: conv2d(*a, activation=k, algorithm=algorithm),
+                           *(to_layout(t, layout).to(backend.device) for t in (x, weight)))  # fmt: skip
+            y, z = ours[0].cpu(), exact[0].float()
+            torch.testing.assert_close(y, z.relu() if activation else z, equal_nan=True, rtol=1e-3, atol=1e-3)
+        # Gradients; relu's are masked.
+        ours = results(lambda *a: conv2d(*a, algorithm=algorithm),
+                       *(to_layout(t, layout).to(backend.device) for t in (x, weight)))  # fmt: skip
+        for a, b in zip(ours[1:], exact[1:], strict=True):
+            assert torch.equal(a.cpu().isfinite(), b.float().isfinite())
 
 
-def test_winograd_asks_for_permission():
-    """The default precision of torch keeps exact products; "high" allows fewer digits."""
+def test_precision_chooses_winograds_tiles():
+    """The default precision of torch keeps its convolution's digits; "high" allows fewer."""
     x, weight = torch.randn(4, 64, 28, 28), torch.randn(64, 64, 3, 3)
     exact = F.conv2d(x.double(), weight.double(), None, 1, 1)
     before = torch.get_float32_matmul_precision()
     try:
-        torch.set_float32_matmul_precision("highest")
-        assert error(conv2d(x, weight, None, 1, 1), exact) < 3e-6
-        torch.set_float32_matmul_precision("high")
-        y = conv2d(x, weight, None, 1, 1)
-        assert error(y, exact) < 3e-5
-        if fastnorm.info()["cpu_isa"] != "DEFAULT":  # for which nothing of it is chosen
-            assert torch.equal(y, conv2d(x, weight, None, 1, 1, algorithm="winograd"))
+        for precision, allowed, algorithm in (
+            ("highest", error(F.conv2d(x, weight, None, 1, 1), exact), "winograd_2x2"),
+            ("high", 3e-5, "winograd"),
+            ("medium", 3e-5, "winograd"),
+        ):
+            torch.set_float32_matmul_precision(precision)
+            y = conv2d(x, weight, None, 1, 1)
+            assert error(y, exact) < allowed
+            if fastnorm.info()["cpu_isa"] != "DEFAULT":  # for which nothing of it is chosen
+                assert torch.equal(y, conv2d(x, weight, None, 1, 1, algorithm=algorithm))
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -18,14 +18,16 @@ struct ConvProblem {
   bool is_packed;
   void* workspace;
   int threads;
+  bool* all_finite;
 };
 
 inline ConvProblem problem(const Conv2dForward& a) {
-  return {a.shape,          false,    a.x,         a.weight,    a.bias,   a.y, a.activation,
-          a.negative_slope, a.packed, a.is_packed, a.workspace, a.threads};
+  return {a.shape,          false,    a.x,         a.weight,    a.bias,    a.y,         a.activation,
+          a.negative_slope, a.packed, a.is_packed, a.workspace, a.threads, a.all_finite};
 }
 inline ConvProblem problem(const Conv2dBackwardInput& a) {
-  return {a.shape, true, a.dy, a.weight, nullptr, a.dx, Activation::kNone, 0, nullptr, false, a.workspace, a.threads};
+  return {a.shape, true,    a.dy,  a.weight,    nullptr,   a.dx,        Activation::kNone,
+          0,       nullptr, false, a.workspace, a.threads, a.all_finite};
 }
 inline Conv2dBackwardWeight problem(const Conv2dBackwardWeight& a) { return a; }
 

@@ -18,26 +18,32 @@ namespace winograd {
 namespace {
 
 constexpr int64_t kResults = 128;  // channels that are worked on together
+// Terms in one chain of additions, whose error grows with its length; in 4x4 that of the transforms covers it.
+template <int kTile>
+constexpr int64_t kMostTerms = kTile == 2 ? 96 : int64_t(1) << 40;
 
 // Tiles of a block: each block reads all filters once more, and transforms them where they are too many for the cache.
 constexpr int64_t kManyFilters = int64_t(4) << 20, kMostFilters = int64_t(12) << 20;  // bytes
 // Of so few tiles, pixels come from the L3 cache for each panel sooner than filters do from there once more.
 constexpr int64_t kFewTiles = 96, kDepth = 128;  // kDepth: terms of a panel's filters in the L2 cache
+template <int kTile>
 constexpr int64_t tiles_together(int64_t filter_bytes) {
-  return filter_bytes > kMostFilters ? 192 : filter_bytes > kManyFilters ? 96 : 48;
+  return same_points<kTile>(filter_bytes > kMostFilters ? 192 : filter_bytes > kManyFilters ? 96 : 48);
 }
 
-template <class T>
-struct Product : ConvWork<T> {
+template <class T, int kTile>
+struct Product : ConvWork<T>, Sizes<kTile> {
   using Work = ConvWork<T>;
   using typename Work::A, typename Work::V;
+  using Sizes<kTile>::kWindow, Sizes<kTile>::kPoints;
   using Work::kColumns, Work::p, Work::y, Work::x, Work::n, Work::groups, Work::terms, Work::results, Work::panels,
       Work::plain, Work::in_layout, Work::out_layout;
 
   const int64_t pitch;  // of a tile's transformed pixels
-  const Tiles tiles;
+  const Tiles<kTile> tiles;
   const bool on_the_fly, streaming, by_depth;
   const int64_t together, depth;  // panels and terms that are worked on together
+  const int64_t chain;            // terms that are added up one by one
   const int64_t panel_filters;    // numbers of a panel's transformed filters
   const int64_t split;            // parts of the panels that are work items of their own
   A *filters, *bias, *zeros;
@@ -46,12 +52,13 @@ struct Product : ConvWork<T> {
   explicit Product(const ConvProblem& problem)
       : Work(problem),
         pitch(spread(terms)),
-        tiles(n, y.out, x.out, tiles_together(packed_bytes())),
+        tiles(n, y.out, x.out, tiles_together<kTile>(packed_bytes())),
         on_the_fly(!p.packed && (tiles.blocks.count == 1 || packed_bytes() > kMostFilters)),
         streaming(Work::streaming()),
-        by_depth(on_the_fly && tiles.most() <= kFewTiles),
+        by_depth(on_the_fly && tiles.most() <= same_points<kTile>(kFewTiles)),
         together(by_depth ? 1 : std::min(panels, kResults / kColumns)),
         depth(by_depth ? std::min(terms, kDepth) : terms),
+        chain(equal_part(depth, kMostTerms<kTile>)),
         panel_filters(kPoints * filters_point()),
         split(Work::split_panels(tiles.blocks.count * groups)),
         memory(*this) {}
@@ -91,7 +98,7 @@ struct Product : ConvWork<T> {
       for (int64_t i = 0; i < kPoints; i++)  // or stores wait for these lines, twice as long in all
         __builtin_prefetch(row + i * filters_point() + 2 * kColumns, 1, 3);
       for (int64_t j = 0; j < kColumns; j += V::size())
-        transform<FilterTransform, V>(
+        transform<FilterTransform<kTile>, V>(
             [&](int r, int c) { return V::loadu(taps[p.backward ? 8 - 3 * r - c : 3 * r + c] + j); },
             [&](int r, int c, V v) { v.store(row + (r * kWindow + c) * filters_point() + j); });
     };
@@ -100,6 +107,12 @@ struct Product : ConvWork<T> {
   void read_bias(int64_t panel) const {
     const int64_t group = panel / panels, first = panel % panels * kColumns;
     for (int64_t j = 0; j < kColumns; j++) bias[panel * kColumns + j] = this->bias_of(group, first + j);
+  }
+
+  // Of so many equal parts of n as have `most` or fewer.
+  static int64_t equal_part(int64_t n, int64_t most) {
+    const int64_t parts = (n - 1) / most + 1;
+    return (n + parts - 1) / parts;
   }
 
   // products[panel][point] = pixels[point] filters[panel][point] for `width` panels, or plus the products of the terms
@@ -120,12 +133,15 @@ struct Product : ConvWork<T> {
           next_pixels.step(), next_filter.step();
           with_rows(std::min<int64_t>(kTileRows, count - m), [&](auto row_count) {
             constexpr int R = row_count;
-            const A* rows[R];
-            for (int r = 0; r < R; r++) rows[r] = pixels + (m + r) * pitch + begin;
-            Tile<A, R> tile;
-            begin == 0 ? tile.clear() : tile.load(to + m * kColumns, kColumns);
-            tile.multiply_add(rows, end - begin, filter);
-            tile.store(to + m * kColumns, kColumns);
+            for (int64_t k = begin; k < end; k += chain) {
+              const A* rows[R];
+              for (int r = 0; r < R; r++) rows[r] = pixels + (m + r) * pitch + k;
+              Tile<A, R> tile;
+              tile.clear();
+              tile.multiply_add(rows, std::min(chain, end - k), filter + (k - begin) * kColumns);
+              if (k > 0) tile.add(to + m * kColumns, kColumns);
+              tile.store(to + m * kColumns, kColumns);
+            }
           });
         }
       }
@@ -137,14 +153,18 @@ struct Product : ConvWork<T> {
               int64_t count, bool stream) const {
     const ConvBlock rows = tiles.result_rows(block);
     const int64_t height = rows.row_end - rows.row;
+    FiniteCheck<V> finite;
     tiles.for_each(block, [&](int64_t i, int64_t sample, int64_t row, int64_t column) {
       alignas(64) A tile[kTile * kTile * kColumns];
       for (int64_t j = 0; j < kColumns; j += V::size()) {
         const A* const from = products + i * kColumns + j;
         const V b = V::loadu(panel_bias + j);
-        transform<OutputTransform, V>(
+        transform<OutputTransform<kTile>, V>(
             [&](int r, int c) { return V::loadu(from + (r * kWindow + c) * products_point()); },
-            [&](int r, int c, V v) { this->activate_simple(v + b).store(tile + (r * kTile + c) * kColumns + j); });
+            [&](int r, int c, V v) {
+              finite.see(v);
+              this->activate_simple(v + b).store(tile + (r * kTile + c) * kColumns + j);
+            });
       }
       if (!this->simple_activation()) this->activate_all(tile, kTile * kTile * kColumns);
       A* const to = first + (((sample - rows.sample) * height + row - rows.row) * x.out + column) * step;
@@ -156,6 +176,7 @@ struct Product : ConvWork<T> {
           count == kColumns ? store_output<A>(at, v, Full<A>(), Zero(), stream) : store<A>(at, v, count);
         }
     });
+    finite.report(p.all_finite);
   }
 
   void run_item(int64_t item, const Own& own) const {
@@ -211,15 +232,31 @@ struct Product : ConvWork<T> {
   }
 };
 
+template <class T>
+using Product4x4 = Product<T, 4>;
+template <class T>
+using Product2x2 = Product<T, 2>;
+
 }  // namespace
 }  // namespace winograd
 
-size_t conv2d_winograd_packed(const Conv2dForward& a) { return conv_packed<winograd::Product, false>(a); }
-size_t conv2d_winograd_forward_workspace(const Conv2dForward& a) { return conv_workspace<winograd::Product, false>(a); }
-void conv2d_winograd_forward(const Conv2dForward& a) { conv_run<winograd::Product, false>(a); }
-size_t conv2d_winograd_backward_input_workspace(const Conv2dBackwardInput& a) {
-  return conv_workspace<winograd::Product, false>(a);
+size_t conv2d_winograd_packed(const Conv2dForward& a) { return conv_packed<winograd::Product4x4, false>(a); }
+size_t conv2d_winograd_2x2_packed(const Conv2dForward& a) { return conv_packed<winograd::Product2x2, false>(a); }
+size_t conv2d_winograd_forward_workspace(const Conv2dForward& a) {
+  return conv_workspace<winograd::Product4x4, false>(a);
 }
-void conv2d_winograd_backward_input(const Conv2dBackwardInput& a) { conv_run<winograd::Product, false>(a); }
+size_t conv2d_winograd_2x2_forward_workspace(const Conv2dForward& a) {
+  return conv_workspace<winograd::Product2x2, false>(a);
+}
+void conv2d_winograd_forward(const Conv2dForward& a) { conv_run<winograd::Product4x4, false>(a); }
+void conv2d_winograd_2x2_forward(const Conv2dForward& a) { conv_run<winograd::Product2x2, false>(a); }
+size_t conv2d_winograd_backward_input_workspace(const Conv2dBackwardInput& a) {
+  return conv_workspace<winograd::Product4x4, false>(a);
+}
+size_t conv2d_winograd_2x2_backward_input_workspace(const Conv2dBackwardInput& a) {
+  return conv_workspace<winograd::Product2x2, false>(a);
+}
+void conv2d_winograd_backward_input(const Conv2dBackwardInput& a) { conv_run<winograd::Product4x4, false>(a); }
+void conv2d_winograd_2x2_backward_input(const Conv2dBackwardInput& a) { conv_run<winograd::Product2x2, false>(a); }
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

@@ -1,16 +1,29 @@
-// Winograd's F(4x4, 3x3) (Lavin and Gray, 2016): 4x4 results of a 3x3 window from 6x6 numbers with 36 multiplications,
-// not 144, and what its kernels share.
+// Winograd's F(4x4, 3x3) and F(2x2, 3x3) (Lavin and Gray, 2016), and what their kernels share: 4x4 results of a 3x3
+// window from 6x6 numbers with 36 multiplications, not 144, or 2x2 from 4x4 with 16, not 36.
 //
 //   y = A^T [ (G g G^T) * (B^T d B) ] A,   dg = G^T [ sum over tiles of (B^T d B) * (A dy A^T) ] G
 //
-// with the points 0, 1, -1, 2, -2 and infinity; * element by element.  With N(0, 1) inputs the largest error is 0.5 to
-// 2.6e-5 of the largest result, that of plain sums 0.02 to 1e-5.
+// with the points 0, 1, -1 and infinity, of 4x4 also 2 and -2; * element by element.  With N(0, 1) inputs the largest
+// error of 4x4 is 0.5 to 2.6e-5 of the largest result, that of plain sums 0.02 to 1e-5.  2x2 only adds, subtracts and
+// halves, and a ninth of the terms are in one sum: its error is 0.1 to 0.5 of oneDNN's plain sums, with any mean.
 #pragma once
+#include <atomic>
+
 #include "conv2d_problem.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY::winograd {
 
-constexpr int kTile = 4, kWindow = 6, kPoints = kWindow * kWindow;
+// Of kTile x kTile results.
+template <int kTile>
+struct Sizes {
+  static constexpr int kWindow = kTile + 2, kPoints = kWindow * kWindow;
+};
+
+// So many tiles have as many points as `tiles` of 4x4.
+template <int kTile>
+constexpr int64_t same_points(int64_t tiles) {
+  return tiles * Sizes<4>::kPoints / Sizes<kTile>::kPoints;
+}
 
 // ---- Transforms along one direction ---------------------------------------------------------------------------------
 
@@ -19,7 +32,10 @@ inline V times(A a, V x, V y) {  // a x + y
   return at::vec::fmadd(V(a), x, y);
 }
 
-struct InputTransform {  // B^T
+template <int kTile>
+struct InputTransform;
+template <>
+struct InputTransform<4> {  // B^T
   static constexpr int kIn = 6, kOut = 6;
   template <class V, class A = typename V::value_type>
   static void apply(const V (&d)[6], V (&t)[6]) {
@@ -29,8 +45,19 @@ struct InputTransform {  // B^T
     t[5] = times(A(4), d[1], times(A(-5), d[3], d[5]));
   }
 };
+template <>
+struct InputTransform<2> {
+  static constexpr int kIn = 4, kOut = 4;
+  template <class V>
+  static void apply(const V (&d)[4], V (&t)[4]) {
+    t[0] = d[0] - d[2], t[1] = d[1] + d[2], t[2] = d[2] - d[1], t[3] = d[1] - d[3];
+  }
+};
 
-struct OutputTransform {  // A^T
+template <int kTile>
+struct OutputTransform;
+template <>
+struct OutputTransform<4> {  // A^T
   static constexpr int kIn = 6, kOut = 4;
   template <class V, class A = typename V::value_type>
   static void apply(const V (&m)[6], V (&y)[4]) {
@@ -38,8 +65,19 @@ struct OutputTransform {  // A^T
     y[0] = m[0] + a + c, y[1] = times(A(2), d, b), y[2] = times(A(4), c, a), y[3] = times(A(8), d, b) + m[5];
   }
 };
+template <>
+struct OutputTransform<2> {
+  static constexpr int kIn = 4, kOut = 2;
+  template <class V>
+  static void apply(const V (&m)[4], V (&y)[2]) {
+    y[0] = m[0] + m[1] + m[2], y[1] = m[1] - m[2] - m[3];
+  }
+};
 
-struct FilterTransform {  // G
+template <int kTile>
+struct FilterTransform;
+template <>
+struct FilterTransform<4> {  // G
   static constexpr int kIn = 3, kOut = 6;
   template <class V, class A = typename V::value_type>
   static void apply(const V (&g)[3], V (&u)[6]) {
@@ -48,8 +86,20 @@ struct FilterTransform {  // G
     u[0] = g[0] * V(A(0.25)), u[1] = V(A(0)) - s - m, u[2] = m - s, u[3] = a + b, u[4] = a - b, u[5] = g[2];
   }
 };
+template <>
+struct FilterTransform<2> {
+  static constexpr int kIn = 3, kOut = 4;
+  template <class V, class A = typename V::value_type>
+  static void apply(const V (&g)[3], V (&u)[4]) {
+    const V half(A(0.5)), s = g[0] + g[2];
+    u[0] = g[0], u[1] = (s + g[1]) * half, u[2] = (s - g[1]) * half, u[3] = g[2];
+  }
+};
 
-struct GradientTransform {  // A
+template <int kTile>
+struct GradientTransform;
+template <>
+struct GradientTransform<4> {  // A
   static constexpr int kIn = 4, kOut = 6;
   template <class V, class A = typename V::value_type>
   static void apply(const V (&y)[4], V (&w)[6]) {
@@ -57,8 +107,19 @@ struct GradientTransform {  // A
     w[0] = y[0], w[1] = a + b, w[2] = a - b, w[3] = c + d, w[4] = c - d, w[5] = y[3];
   }
 };
+template <>
+struct GradientTransform<2> {
+  static constexpr int kIn = 2, kOut = 4;
+  template <class V, class A = typename V::value_type>
+  static void apply(const V (&y)[2], V (&w)[4]) {
+    w[0] = y[0], w[1] = y[0] + y[1], w[2] = y[0] - y[1], w[3] = V(A(0)) - y[1];
+  }
+};
 
-struct FilterGradientTransform {  // G^T
+template <int kTile>
+struct FilterGradientTransform;
+template <>
+struct FilterGradientTransform<4> {  // G^T
   static constexpr int kIn = 6, kOut = 3;
   template <class V, class A = typename V::value_type>
   static void apply(const V (&u)[6], V (&g)[3]) {
@@ -66,6 +127,29 @@ struct FilterGradientTransform {  // G^T
     g[0] = times(A(0.25), u[0], times(A(1) / 24, t, V(A(0)) - s));
     g[1] = times(A(1) / 12, u[3] - u[4], (u[2] - u[1]) * sixth);
     g[2] = times(A(1) / 6, t, u[5] - s);
+  }
+};
+template <>
+struct FilterGradientTransform<2> {
+  static constexpr int kIn = 4, kOut = 3;
+  template <class V, class A = typename V::value_type>
+  static void apply(const V (&u)[4], V (&g)[3]) {
+    const V half(A(0.5)), s = (u[1] + u[2]) * half;
+    g[0] = u[0] + s, g[1] = (u[1] - u[2]) * half, g[2] = s + u[3];
+  }
+};
+
+// Tells of sums that are not finite: transforms take infinity from infinity where plain sums would leave it alone.
+template <class V>
+struct FiniteCheck {
+  V sum{0};  // zeros, or NaN
+
+  void see(V v) { sum = times(typename V::value_type(0), v, sum); }
+  void report(bool* all_finite) const {
+    typename V::value_type lanes[V::size()];
+    sum.store(lanes);
+    for (auto lane : lanes)
+      if (lane != 0) std::atomic_ref(*all_finite).store(false, std::memory_order_relaxed);
   }
 };
 
@@ -95,6 +179,7 @@ template <class Transform, class V, class Load, class Store>
 // ---- Tiles ----------------------------------------------------------------------------------------------------------
 
 // The tiles of results that are worked on together: whole rows of tiles of one sample, or all of some samples.
+template <int kTile>
 struct Tiles {
   int64_t n, height, width;  // of the results
   int64_t rows, columns;     // of tiles
@@ -135,7 +220,7 @@ struct Tiles {
 // A distance between neighbours in [point][tile][channel] for which these do not meet in few sets of the L1 cache.
 inline int64_t spread(int64_t channels) { return (channels + 31) / 32 * 32 + 16; }
 
-// Likewise from one point to the next: an odd number of cache lines, as a tile's 36 points are written together.
+// Likewise from one point to the next: an odd number of cache lines, as a tile's points are written together.
 inline int64_t spread_points(int64_t elements) { return ((elements + 15) / 16 | 1) * 16; }
 
 template <class A>
@@ -154,10 +239,12 @@ struct Ahead {
   }
 };
 
-// to[point][tile][channel] = the transformed 6x6 pixels that each tile's results see; point: from one to the next.
-template <class T, class A = Accumulate<T>>
-void transform_input(const Tiles& tiles, int64_t block, const ConvView<T>& view, A* to, int64_t pitch, int64_t point) {
+// to[point][tile][channel] = the transformed pixels that each tile's results see; point: from one to the next.
+template <int kTile, class T, class A = Accumulate<T>>
+void transform_input(const Tiles<kTile>& tiles, int64_t block, const ConvView<T>& view, A* to, int64_t pitch,
+                     int64_t point) {
   using V = at::vec::Vectorized<A>;
+  constexpr int kWindow = Sizes<kTile>::kWindow;
   tiles.for_each(block, [&](int64_t i, int64_t sample, int64_t row, int64_t column) {
     const A* pixel[kWindow][kWindow];
     for (int r = 0; r < kWindow; r++)
@@ -169,8 +256,8 @@ void transform_input(const Tiles& tiles, int64_t block, const ConvView<T>& view,
       if (!view.copied && k % kLine<A> == 0)  // what the next tile's pixels add
         for (int r = kWindow - kTile; r < kWindow; r++)
           for (int c = kWindow - kTile; c < kWindow; c++) __builtin_prefetch(pixel[r][c] + next_tile + k, 0, 2);
-      transform<InputTransform, V>([&](int r, int c) { return read(pixel[r][c] + k); },
-                                   [&](int r, int c, V v) { v.store(first + (r * kWindow + c) * point + k); });
+      transform<InputTransform<kTile>, V>([&](int r, int c) { return read(pixel[r][c] + k); },
+                                          [&](int r, int c, V v) { v.store(first + (r * kWindow + c) * point + k); });
     };
     int64_t k = 0;
     for (; k + V::size() <= view.c; k += V::size()) run(k, [](const A* p) { return V::loadu(p); });

@@ -13,15 +13,16 @@ namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace winograd {
 namespace {
 
-template <class T>
-struct WeightGradient : ConvWeightWork<T> {
+template <class T, int kTile>
+struct WeightGradient : ConvWeightWork<T>, Sizes<kTile> {
   using Work = ConvWeightWork<T>;
   using typename Work::A, typename Work::V;
+  using Sizes<kTile>::kWindow, Sizes<kTile>::kPoints;
   using Work::kColumns, Work::p, Work::s, Work::y, Work::x, Work::x_layout, Work::dy_layout;
 
   const int64_t panels, pitch;  // of x's channels; of a tile's transformed pixels of x
   const bool plain;
-  const Tiles tiles;
+  const Tiles<kTile> tiles;
   const ConvParts split;
   A *sums, *bias_sums, *zeros;
   const ConvMemory memory;
@@ -31,7 +32,7 @@ struct WeightGradient : ConvWeightWork<T> {
         panels((s.ci + kColumns - 1) / kColumns),
         pitch(spread(panels * kColumns)),
         plain(s.channels_last && std::is_same_v<T, A>),
-        tiles(s.n, y.out, x.out, std::clamp<int64_t>(s.ci * s.co / 192, 48, 192)),
+        tiles(s.n, y.out, x.out, same_points<kTile>(std::clamp<int64_t>(s.ci * s.co / 192, 48, 192))),
         split(sums_of_part() * int64_t(sizeof(A)), tiles.blocks.count, s.groups, s.co, p.threads),
         memory(*this) {}
 
@@ -91,7 +92,7 @@ struct WeightGradient : ConvWeightWork<T> {
           for (const auto& pixels : pixel)
             for (const A* q : pixels) __builtin_prefetch(q + kTile * dy_layout.channels + k, 0, 2);
         V sum(A(0));
-        transform<GradientTransform, V>(
+        transform<GradientTransform<kTile>, V>(
             [&](int r, int c) {
               const V v = read(pixel[r][c] + k);
               sum = sum + v;
@@ -162,15 +163,20 @@ struct WeightGradient : ConvWeightWork<T> {
         }
       bias_sums[channel] += bias_sums[part * s.groups * s.co + channel];
     }
+    FiniteCheck<V> finite;
     for (int64_t j = 0; j < s.ci; j += V::size()) {
       for (int64_t i = 0; i < kPoints; i++) __builtin_prefetch(first + i * point() + j + 4 * V::size(), 0, 3);
       A taps[9][V::size()];
-      transform<FilterGradientTransform, V>(
+      transform<FilterGradientTransform<kTile>, V>(
           [&](int r, int c) { return V::loadu(first + (r * kWindow + c) * point() + j); },
-          [&](int r, int c, V v) { v.store(taps[r * 3 + c]); });
+          [&](int r, int c, V v) {
+            finite.see(v);
+            v.store(taps[r * 3 + c]);
+          });
       for (int64_t k = j; k < std::min<int64_t>(j + V::size(), s.ci); k++)
         for (int tap = 0; tap < 9; tap++) to[k * s.weight_input() + tap * s.weight_tap()] = T(taps[tap][k - j]);
     }
+    finite.report(p.all_finite);
     if (p.dbias) static_cast<T*>(p.dbias)[channel] = T(bias_sums[channel]);
   }
 
@@ -187,12 +193,23 @@ struct WeightGradient : ConvWeightWork<T> {
   }
 };
 
+template <class T>
+using WeightGradient4x4 = WeightGradient<T, 4>;
+template <class T>
+using WeightGradient2x2 = WeightGradient<T, 2>;
+
 }  // namespace
 }  // namespace winograd
 
 size_t conv2d_winograd_backward_weight_workspace(const Conv2dBackwardWeight& a) {
-  return conv_workspace<winograd::WeightGradient, false>(a);
+  return conv_workspace<winograd::WeightGradient4x4, false>(a);
 }
-void conv2d_winograd_backward_weight(const Conv2dBackwardWeight& a) { conv_run<winograd::WeightGradient, false>(a); }
+size_t conv2d_winograd_2x2_backward_weight_workspace(const Conv2dBackwardWeight& a) {
+  return conv_workspace<winograd::WeightGradient2x2, false>(a);
+}
+void conv2d_winograd_backward_weight(const Conv2dBackwardWeight& a) { conv_run<winograd::WeightGradient4x4, false>(a); }
+void conv2d_winograd_2x2_backward_weight(const Conv2dBackwardWeight& a) {
+  conv_run<winograd::WeightGradient2x2, false>(a);
+}
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY
