@@ -133,6 +133,22 @@ at::MemoryFormat weight_format(const ConvShape& s) {
 // Nothing to compute, or no terms to add up: torch's own operators know every such case.
 bool is_empty(const ConvShape& s) { return s.inputs() == 0 || s.outputs() == 0 || s.weights() == 0; }
 
+// Whether torch's convolution is oneDNN's, as torch itself tells; for 16 bits that depends on the processor.
+bool torch_has_onednn(DType dtype) {
+  auto ask = [](const char* op) {
+    const auto schema = c10::Dispatcher::singleton().findSchema({op, ""});
+    return schema && schema->typed<bool()>().call();
+  };
+  static const bool bfloat16 = ask("mkldnn::_is_mkldnn_bf16_supported"),
+                    float16 = ask("mkldnn::_is_mkldnn_fp16_supported");
+  switch (dtype) {
+    case DType::kFloat64: return false;
+    case DType::kBFloat16: return bfloat16;
+    case DType::kFloat16: return float16;
+    default: return true;
+  }
+}
+
 // What runs a pass.  forced: what the caller asked for; for a pass that it has no kernel for, im2col.
 ConvAlgorithm choose(std::optional<ConvAlgorithm> forced, const ConvShape& shape, ConvPass pass, Device device) {
   if (is_empty(shape)) return ConvAlgorithm::kTorch;
@@ -146,7 +162,7 @@ ConvAlgorithm choose(std::optional<ConvAlgorithm> forced, const ConvShape& shape
 #else
   if (device == Device::kCuda) return ConvAlgorithm::kTorch;  // ours were not timed against cuDNN's
   const bool approximate = at::globalContext().float32MatmulPrecision() != at::Float32MatmulPrecision::HIGHEST;
-  return choose(shape, pass, approximate);
+  return choose(shape, pass, approximate, torch_has_onednn(shape.dtype));
 #endif
 }
 

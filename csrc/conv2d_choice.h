@@ -35,10 +35,33 @@ struct ConvMeasure {
   int64_t tiles(int edge) const { return n * ((height + edge - 1) / edge) * ((width + edge - 1) / edge); }
 };
 
-// A row: an algorithm, where it is taken, and why.  The first that fits counts.
-inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate) {
-  // Torch has vectors where ours are compiled without, on Arm among others; other dtypes were not measured.
-  if (cpu::isa() == cpu::Isa::kDefault || s.dtype != DType::kFloat32) return ConvAlgorithm::kTorch;
+// Winograd's 2x2: tiles are filled, channels fill the vectors, and the filters' transform pays.
+inline bool suits_2x2(const ConvShape& s, const ConvMeasure& m) {
+  const int64_t tiles = m.tiles(2);
+  return s.ci >= 16 && s.co >= 16 && tiles >= 8 && m.pixels >= 2 * tiles;
+}
+
+// For what oneDNN does not compute: torch's own loops are 3 to 80 times as slow in 16 bits, and in float64 as fast as
+// its matrix product, which ours beats by what it need not copy.
+inline ConvAlgorithm choose_without_onednn(const ConvShape& s, ConvPass pass) {
+  const ConvMeasure m(s, pass);
+  const bool to_weight = pass == ConvPass::kBackwardWeight,
+             gaps = pass == ConvPass::kBackwardInput && (s.y.stride > 1 || s.x.stride > 1);
+  auto takes = [&](ConvAlgorithm a, bool here) { return here && computes(a, s, pass); };
+  if (takes(ConvAlgorithm::kWinograd2x2, suits_2x2(s, m))) return ConvAlgorithm::kWinograd2x2;
+  if (takes(ConvAlgorithm::kDepthwise, true)) return ConvAlgorithm::kDepthwise;
+  if (takes(ConvAlgorithm::kDirect, s.ci <= 8 && !gaps)) return ConvAlgorithm::kDirect;
+  if (s.dtype == DType::kFloat64 && (to_weight || gaps || s.taps() == 1)) return ConvAlgorithm::kTorch;
+  return ConvAlgorithm::kIm2col;
+}
+
+// A row: an algorithm, where it is taken, and why.  The first that fits counts.  onednn: whether torch's convolution is
+// that library's for this dtype.
+inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate, bool onednn) {
+  // Torch has vectors where ours are compiled without, on Arm among others.
+  if (cpu::isa() == cpu::Isa::kDefault) return ConvAlgorithm::kTorch;
+  if (!onednn) return choose_without_onednn(s, pass);
+  if (s.dtype != DType::kFloat32) return ConvAlgorithm::kTorch;  // 16-bit products, which ours do not use
   const ConvMeasure m(s, pass);
   const bool planes = !s.channels_last, forward = pass == ConvPass::kForward,
              to_weight = pass == ConvPass::kBackwardWeight;
@@ -50,15 +73,12 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate)
   // Past the caches torch pays for page faults and for reading what it is going to overwrite.
   const bool large = m.results * 4 > (int64_t(16) << 20);
 
-  // A quarter of the multiplications, where the error is allowed, or 4/9 with less of it than torch's own sums have; if
-  // the filters' transform pays, tiles are filled and channels fill the vectors.
-  const int64_t tiles_4x4 = m.tiles(4), tiles_2x2 = m.tiles(2);
-  const bool vectors = s.ci >= 16 && s.co >= 16;
+  // A quarter of the multiplications, where the error is allowed, or 4/9 with less of it than torch's own sums have.
+  const int64_t tiles = m.tiles(4);
   if (takes(ConvAlgorithm::kWinograd,
-            approximate && vectors && tiles_4x4 >= (to_weight ? 48 : 16) && m.pixels >= 10 * tiles_4x4))
+            approximate && s.ci >= 16 && s.co >= 16 && tiles >= (to_weight ? 48 : 16) && m.pixels >= 10 * tiles))
     return ConvAlgorithm::kWinograd;
-  if (takes(ConvAlgorithm::kWinograd2x2, vectors && tiles_2x2 >= 8 && m.pixels >= 2 * tiles_2x2))
-    return ConvAlgorithm::kWinograd2x2;
+  if (takes(ConvAlgorithm::kWinograd2x2, suits_2x2(s, m))) return ConvAlgorithm::kWinograd2x2;
   // Groups of few channels leave the lanes of a matrix product empty; pixels fill them.
   if (s.groups > 1) {
     if (s.ci == 1 && s.co == 1) {

@@ -75,9 +75,11 @@ def run(function, case, layout, dtype, device, bias=True, exact=False):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("algorithm, case", KERNELS)
+@pytest.mark.parametrize("algorithm, case", [*KERNELS, *(("auto", case) for case in CASES)])
 def test_against_float64(backend, algorithm, case, dtype):
     skip_what_is_missing(backend, algorithm, dtype)
+    if backend.small and algorithm == "auto":
+        pytest.skip("the CUDA kernels are one algorithm")
     for layout in LAYOUTS:
         exact = run(F.conv2d, case, layout, dtype, backend.device, exact=True)
         torchs = run(F.conv2d, case, layout, dtype, backend.device)
@@ -284,6 +286,17 @@ def test_neither_threads_nor_batch_change_a_bit(threads, algorithm, case):
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
         one = conv2d(to_layout(x[2:3], layout), weight, None, *window, algorithm=algorithm)
         assert torch.equal(one[0], results[0][0][2])
+
+
+@pytest.mark.parametrize("algorithm", WINOGRAD)
+@pytest.mark.parametrize("terms", [130, 200, 512])
+def test_where_filters_come_from_changes_no_bit(algorithm, terms):
+    """Made for the call, for some terms of a small batch at a time, or kept from other calls."""
+    x, weight = torch.randn(12, terms, 10, 10), torch.randn(40, terms, 3, 3)
+    expected = conv2d(x, weight.clone(), padding=1, algorithm=algorithm)
+    assert torch.equal(expected[5:6], conv2d(x[5:6], weight.clone(), padding=1, algorithm=algorithm))
+    for _ in range(4):
+        assert torch.equal(expected, conv2d(x, weight, padding=1, algorithm=algorithm))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

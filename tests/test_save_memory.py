@@ -214,7 +214,7 @@ def twice(model):
         y = m(leaf).square().sum()
         first = torch.autograd.grad(y, leaf, retain_graph=True)[0]
         second = torch.autograd.grad(y, leaf, create_graph=True)[0]
-        assert torch.equal(first, second)
+        torch.testing.assert_close(first, second)  # a graph of the gradients has torch's own convolutions
         third = torch.autograd.grad(second.square().sum(), leaf)[0]
         out.append([first, third])
     assert_equal(*out)

@@ -18,9 +18,8 @@ namespace winograd {
 namespace {
 
 constexpr int64_t kResults = 128;  // channels that are worked on together
-// Terms in one chain of additions, whose error grows with its length; in 4x4 that of the transforms covers it.
-template <int kTile>
-constexpr int64_t kMostTerms = kTile == 2 ? 96 : int64_t(1) << 40;
+// Terms of 2x2 in one chain of additions, whose error grows with its length; in 4x4 that of the transforms covers it.
+constexpr int64_t kMostTerms = 96;
 
 // Tiles of a block: each block reads all filters once more, and transforms them where they are too many for the cache.
 constexpr int64_t kManyFilters = int64_t(4) << 20, kMostFilters = int64_t(12) << 20;  // bytes
@@ -42,8 +41,8 @@ struct Product : ConvWork<T>, Sizes<kTile> {
   const int64_t pitch;  // of a tile's transformed pixels
   const Tiles<kTile> tiles;
   const bool on_the_fly, streaming, by_depth;
-  const int64_t together, depth;  // panels and terms that are worked on together
-  const int64_t chain;            // terms that are added up one by one
+  const int64_t chain;            // terms that are added up one by one, whatever is worked on together
+  const int64_t together, depth;  // panels and terms that are
   const int64_t panel_filters;    // numbers of a panel's transformed filters
   const int64_t split;            // parts of the panels that are work items of their own
   A *filters, *bias, *zeros;
@@ -56,9 +55,9 @@ struct Product : ConvWork<T>, Sizes<kTile> {
         on_the_fly(!p.packed && (tiles.blocks.count == 1 || packed_bytes() > kMostFilters)),
         streaming(Work::streaming()),
         by_depth(on_the_fly && tiles.most() <= same_points<kTile>(kFewTiles)),
+        chain(kTile == 2 ? equal_part(terms, kMostTerms) : terms),
         together(by_depth ? 1 : std::min(panels, kResults / kColumns)),
-        depth(by_depth ? std::min(terms, kDepth) : terms),
-        chain(equal_part(depth, kMostTerms<kTile>)),
+        depth(!by_depth ? terms : std::min(terms, chain < kDepth ? kDepth / chain * chain : kDepth)),
         panel_filters(kPoints * filters_point()),
         split(Work::split_panels(tiles.blocks.count * groups)),
         memory(*this) {}
@@ -121,6 +120,7 @@ struct Product : ConvWork<T>, Sizes<kTile> {
   void multiply(const Own& own, int64_t count, int64_t width, int64_t begin, int64_t end,
                 const A* panel_filters_begin) const {
     const int64_t row_tiles = (count + kTileRows - 1) / kTileRows;
+    const bool goes_on = begin % chain != 0;  // a chain that the terms before began
     for (int64_t point = 0; point < kPoints; point++) {
       const A* const pixels = own.pixels + point * pixels_point();
       Ahead next_pixels{pixels + pixels_point(), begin == 0 ? count * pitch : 0, row_tiles * width};
@@ -137,9 +137,9 @@ struct Product : ConvWork<T>, Sizes<kTile> {
               const A* rows[R];
               for (int r = 0; r < R; r++) rows[r] = pixels + (m + r) * pitch + k;
               Tile<A, R> tile;
-              tile.clear();
+              goes_on ? tile.load(to + m * kColumns, kColumns) : tile.clear();
               tile.multiply_add(rows, std::min(chain, end - k), filter + (k - begin) * kColumns);
-              if (k > 0) tile.add(to + m * kColumns, kColumns);
+              if (!goes_on && k > 0) tile.add(to + m * kColumns, kColumns);
               tile.store(to + m * kColumns, kColumns);
             }
           });
