@@ -25,9 +25,11 @@ constexpr int64_t kMostTerms = 96;
 constexpr int64_t kManyFilters = int64_t(4) << 20, kMostFilters = int64_t(12) << 20;  // bytes
 // Of so few tiles, pixels come from the L3 cache for each panel sooner than filters do from there once more.
 constexpr int64_t kFewTiles = 96, kDepth = 128;  // kDepth: terms of a panel's filters in the L2 cache
+// Threads share the cache that the larger blocks' pixels come from.
 template <int kTile>
-constexpr int64_t tiles_together(int64_t filter_bytes) {
-  return same_points<kTile>(filter_bytes > kMostFilters ? 192 : filter_bytes > kManyFilters ? 96 : 48);
+constexpr int64_t tiles_together(int64_t filter_bytes, int threads) {
+  const int64_t tiles = filter_bytes > kMostFilters ? 192 : filter_bytes > kManyFilters ? 96 : 48;
+  return same_points<kTile>(std::max<int64_t>(48, tiles / std::max(threads, 1)));
 }
 
 template <class T, int kTile>
@@ -51,7 +53,7 @@ struct Product : ConvWork<T>, Sizes<kTile> {
   explicit Product(const ConvProblem& problem)
       : Work(problem),
         pitch(spread(terms)),
-        tiles(n, y.out, x.out, tiles_together<kTile>(packed_bytes())),
+        tiles(n, y.out, x.out, tiles_together<kTile>(packed_bytes(), p.threads)),
         on_the_fly(!p.packed && (tiles.blocks.count == 1 || packed_bytes() > kMostFilters)),
         streaming(Work::streaming()),
         by_depth(on_the_fly && tiles.most() <= same_points<kTile>(kFewTiles)),
