@@ -1,16 +1,17 @@
 // Winograd's convolution, and its gradient to the input, which is one with the filters turned round; conv2d_winograd.h
 // has the algorithm.
 //
-// For a block of tiles the transformed pixels are [point][tile][channel]; for some panels of result channels the 36
-// products with the transformed filters, [panel][point][channel][column], go to [panel][point][tile][column], and from
-// there through the last transform to the results.  Filters are transformed once, for this call or for others too, or
-// where there would be more of them than the cache holds and nobody keeps them, those of some panels at a time in each
-// block, of which there are few then.
+// For a block of tiles the transformed pixels are [point][tile][channel]; for some panels of result channels each
+// point's products with the transformed filters, [panel][point][channel][column], go to [panel][point][tile][column],
+// and from there through the last transform to the results.  Filters are transformed once, for this call or for others
+// too, or where there would be more of them than the cache holds and nobody keeps them, those of some panels at a time
+// in each block, of which there are few then.
 //
-// Floor: a quarter of im2col's multiply-adds; transforms add some 100 vector operations per tile and vector of channels
-// on either side.  Products run at 65 to 85 % of the multiply-adds' peak on Zen 3 (L2: 512 KB), out of the L3 cache.
-// Tried: panels as the outer loop, one panel's products in L2; but then every panel reads all of the pixels from L3
-// again, and the products run at 50 to 75 %.  Smaller blocks, whose pixels fit L2, read the filters more often instead.
+// Floor: a quarter of im2col's multiply-adds, 4/9 with tiles of 2x2; transforms add some 100 vector operations, 40 with
+// 2x2, per tile and vector of channels on either side.  Products run at 65 to 85 % of the multiply-adds' peak on Zen 3
+// (L2: 512 KB), out of the L3 cache. Tried: panels as the outer loop, one panel's products in L2; but then every panel
+// reads all of the pixels from L3 again, and the products run at 50 to 75 %.  Smaller blocks, whose pixels fit L2, read
+// the filters more often instead.
 #include "conv2d_winograd.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY {

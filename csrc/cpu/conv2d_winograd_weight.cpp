@@ -1,12 +1,12 @@
 // The gradient of a convolution to its weights and bias by Winograd's algorithm; conv2d_winograd.h has it.
 //
-// For a block of tiles the transformed pixels of x and of dy are [point][tile][channel], and 36 products over the tiles
-// add up in [point][co][ci], which the last transform makes a gradient of 3x3 taps.  The order of sums depends on the
-// shape alone: blocks go to a fixed number of parts with sums of their own, which are added up in order.
+// For a block of tiles the transformed pixels of x and of dy are [point][tile][channel], and each point's products over
+// the tiles add up in [point][co][ci], which the last transform makes a gradient of 3x3 taps.  The order of sums
+// depends on the shape alone: blocks go to a fixed number of parts with sums of their own, which are added up in order.
 //
-// Floor: a quarter of im2col's multiply-adds; the sums move from and to memory once per block, so blocks are larger the
-// more channels there are.  Products run at 60 to 80 % of the multiply-adds' peak on Zen 3, out of the L3 cache; before
-// what comes next was fetched ahead, at 55 to 70 %.
+// Floor: a quarter of im2col's multiply-adds, 4/9 with tiles of 2x2; the sums move from and to memory once per block,
+// so blocks are larger the more channels there are.  Products run at 60 to 80 % of the multiply-adds' peak on Zen 3,
+// out of the L3 cache; before what comes next was fetched ahead, at 55 to 70 %.
 #include "conv2d_winograd.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
