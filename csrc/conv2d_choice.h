@@ -20,9 +20,11 @@ inline bool computes(ConvAlgorithm algorithm, const ConvShape& s, ConvPass pass)
   }
 }
 
-// What a choice looks at: channels of a group that are read and made, results and their pixels.
+// What a choice looks at: channels of a group that are read and made, results and their pixels; whether strides leave
+// gaps in the gradient to x, which direct kernels would fill with zeros.
 struct ConvMeasure {
   int64_t n, height, width, terms, made, results, pixels;
+  bool strides, gaps;
 
   ConvMeasure(const ConvShape& s, ConvPass pass) {
     const bool to_input = pass == ConvPass::kBackwardInput;
@@ -30,28 +32,27 @@ struct ConvMeasure {
     results = to_input ? s.inputs() : s.outputs();
     n = s.n, height = to_input ? s.y.in : s.y.out, width = to_input ? s.x.in : s.x.out;
     pixels = n * height * width;
+    strides = s.y.stride > 1 || s.x.stride > 1, gaps = strides && to_input;
   }
-  // Tiles of edge x edge results.
-  int64_t tiles(int edge) const { return n * ((height + edge - 1) / edge) * ((width + edge - 1) / edge); }
+  // Winograd's tiles of edge x edge results: there are enough of them for the filters' transform to pay, each has
+  // enough results, and channels fill the vectors.
+  bool suits_winograd(int edge, int64_t least_tiles, int64_t results_each) const {
+    const int64_t tiles = n * ((height + edge - 1) / edge) * ((width + edge - 1) / edge);
+    return terms >= 16 && made >= 16 && tiles >= least_tiles && pixels >= results_each * tiles;
+  }
+  bool suits_winograd_2x2() const { return suits_winograd(2, 8, 2); }
 };
 
-// Winograd's 2x2: tiles are filled, channels fill the vectors, and the filters' transform pays.
-inline bool suits_2x2(const ConvShape& s, const ConvMeasure& m) {
-  const int64_t tiles = m.tiles(2);
-  return s.ci >= 16 && s.co >= 16 && tiles >= 8 && m.pixels >= 2 * tiles;
-}
-
-// For what oneDNN does not compute: torch's own loops are 3 to 80 times as slow in 16 bits, and in float64 as fast as
+// For what oneDNN does not compute: torch's own loops are 2 to 100 times as slow in 16 bits, and in float64 as fast as
 // its matrix product, which ours beats by what it need not copy.
 inline ConvAlgorithm choose_without_onednn(const ConvShape& s, ConvPass pass) {
   const ConvMeasure m(s, pass);
-  const bool to_weight = pass == ConvPass::kBackwardWeight,
-             gaps = pass == ConvPass::kBackwardInput && (s.y.stride > 1 || s.x.stride > 1);
+  const bool to_weight = pass == ConvPass::kBackwardWeight;
   auto takes = [&](ConvAlgorithm a, bool here) { return here && computes(a, s, pass); };
-  if (takes(ConvAlgorithm::kWinograd2x2, suits_2x2(s, m))) return ConvAlgorithm::kWinograd2x2;
+  if (takes(ConvAlgorithm::kWinograd2x2, m.suits_winograd_2x2())) return ConvAlgorithm::kWinograd2x2;
   if (takes(ConvAlgorithm::kDepthwise, true)) return ConvAlgorithm::kDepthwise;
-  if (takes(ConvAlgorithm::kDirect, s.ci <= 8 && !gaps)) return ConvAlgorithm::kDirect;
-  if (s.dtype == DType::kFloat64 && (to_weight || gaps || s.taps() == 1)) return ConvAlgorithm::kTorch;
+  if (takes(ConvAlgorithm::kDirect, s.ci <= 8 && !m.gaps)) return ConvAlgorithm::kDirect;
+  if (s.dtype == DType::kFloat64 && (to_weight || m.gaps || s.taps() == 1)) return ConvAlgorithm::kTorch;
   return ConvAlgorithm::kIm2col;
 }
 
@@ -65,20 +66,17 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate,
   const ConvMeasure m(s, pass);
   const bool planes = !s.channels_last, forward = pass == ConvPass::kForward,
              to_weight = pass == ConvPass::kBackwardWeight;
-  // Strides leave gaps in the gradient to x, which direct kernels would fill with zeros.
-  const bool strides = s.y.stride > 1 || s.x.stride > 1, gaps = strides && pass == ConvPass::kBackwardInput;
+  const bool strides = m.strides;
   auto takes = [&](ConvAlgorithm a, bool here) {
-    return here && computes(a, s, pass) && !(a == ConvAlgorithm::kDirect && gaps);
+    return here && computes(a, s, pass) && !(a == ConvAlgorithm::kDirect && m.gaps);
   };
   // Past the caches torch pays for page faults and for reading what it is going to overwrite.
   const bool large = m.results * 4 > (int64_t(16) << 20);
 
   // A quarter of the multiplications, where the error is allowed, or 4/9 with less of it than torch's own sums have.
-  const int64_t tiles = m.tiles(4);
-  if (takes(ConvAlgorithm::kWinograd,
-            approximate && s.ci >= 16 && s.co >= 16 && tiles >= (to_weight ? 48 : 16) && m.pixels >= 10 * tiles))
+  if (takes(ConvAlgorithm::kWinograd, approximate && m.suits_winograd(4, to_weight ? 48 : 16, 10)))
     return ConvAlgorithm::kWinograd;
-  if (takes(ConvAlgorithm::kWinograd2x2, suits_2x2(s, m))) return ConvAlgorithm::kWinograd2x2;
+  if (takes(ConvAlgorithm::kWinograd2x2, m.suits_winograd_2x2())) return ConvAlgorithm::kWinograd2x2;
   // Groups of few channels leave the lanes of a matrix product empty; pixels fill them.
   if (s.groups > 1) {
     if (s.ci == 1 && s.co == 1) {

@@ -311,7 +311,7 @@ def test_long_sums_are_as_exact_as_torchs(layout, kernel, channels):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mean", [0.0, 10.0, 1e4])
-@pytest.mark.parametrize("channels, size", [(64, 12), (512, 5)])
+@pytest.mark.parametrize("channels, size", [(64, 12), (512, 7)])
 def test_winograd_2x2_is_as_exact_as_torchs(layout, mean, channels, size):
     """Within twice the error of torch's convolution, and mostly better, whatever the mean."""
 

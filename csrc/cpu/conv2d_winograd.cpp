@@ -9,7 +9,9 @@
 //
 // Floor: a quarter of im2col's multiply-adds, 4/9 with tiles of 2x2; transforms add some 100 vector operations, 40 with
 // 2x2, per tile and vector of channels on either side.  Products run at 65 to 85 % of the multiply-adds' peak on Zen 3
-// (L2: 512 KB), out of the L3 cache. Tried: panels as the outer loop, one panel's products in L2; but then every panel
+// (L2: 512 KB), out of the L3 cache.
+//
+// Tried: panels as the outer loop, one panel's products in L2; but then every panel
 // reads all of the pixels from L3 again, and the products run at 50 to 75 %.  Smaller blocks, whose pixels fit L2, read
 // the filters more often instead.
 #include "conv2d_winograd.h"
@@ -245,21 +247,9 @@ using Product2x2 = Product<T, 2>;
 
 size_t conv2d_winograd_packed(const Conv2dForward& a) { return conv_packed<winograd::Product4x4, false>(a); }
 size_t conv2d_winograd_2x2_packed(const Conv2dForward& a) { return conv_packed<winograd::Product2x2, false>(a); }
-size_t conv2d_winograd_forward_workspace(const Conv2dForward& a) {
-  return conv_workspace<winograd::Product4x4, false>(a);
-}
-size_t conv2d_winograd_2x2_forward_workspace(const Conv2dForward& a) {
-  return conv_workspace<winograd::Product2x2, false>(a);
-}
-void conv2d_winograd_forward(const Conv2dForward& a) { conv_run<winograd::Product4x4, false>(a); }
-void conv2d_winograd_2x2_forward(const Conv2dForward& a) { conv_run<winograd::Product2x2, false>(a); }
-size_t conv2d_winograd_backward_input_workspace(const Conv2dBackwardInput& a) {
-  return conv_workspace<winograd::Product4x4, false>(a);
-}
-size_t conv2d_winograd_2x2_backward_input_workspace(const Conv2dBackwardInput& a) {
-  return conv_workspace<winograd::Product2x2, false>(a);
-}
-void conv2d_winograd_backward_input(const Conv2dBackwardInput& a) { conv_run<winograd::Product4x4, false>(a); }
-void conv2d_winograd_2x2_backward_input(const Conv2dBackwardInput& a) { conv_run<winograd::Product2x2, false>(a); }
+FASTNORM_WINOGRAD_PASS(winograd, forward, Conv2dForward, Product4x4)
+FASTNORM_WINOGRAD_PASS(winograd, backward_input, Conv2dBackwardInput, Product4x4)
+FASTNORM_WINOGRAD_PASS(winograd_2x2, forward, Conv2dForward, Product2x2)
+FASTNORM_WINOGRAD_PASS(winograd_2x2, backward_input, Conv2dBackwardInput, Product2x2)
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

@@ -266,3 +266,8 @@ void transform_input(const Tiles<kTile>& tiles, int64_t block, const ConvView<T>
 }
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY::winograd
+
+// The entries of a pass for a kernel.
+#define FASTNORM_WINOGRAD_PASS(name, pass, Args, Kernel)                                                          \
+  size_t conv2d_##name##_##pass##_workspace(const Args& a) { return conv_workspace<winograd::Kernel, false>(a); } \
+  void conv2d_##name##_##pass(const Args& a) { conv_run<winograd::Kernel, false>(a); }

@@ -201,15 +201,7 @@ using WeightGradient2x2 = WeightGradient<T, 2>;
 }  // namespace
 }  // namespace winograd
 
-size_t conv2d_winograd_backward_weight_workspace(const Conv2dBackwardWeight& a) {
-  return conv_workspace<winograd::WeightGradient4x4, false>(a);
-}
-size_t conv2d_winograd_2x2_backward_weight_workspace(const Conv2dBackwardWeight& a) {
-  return conv_workspace<winograd::WeightGradient2x2, false>(a);
-}
-void conv2d_winograd_backward_weight(const Conv2dBackwardWeight& a) { conv_run<winograd::WeightGradient4x4, false>(a); }
-void conv2d_winograd_2x2_backward_weight(const Conv2dBackwardWeight& a) {
-  conv_run<winograd::WeightGradient2x2, false>(a);
-}
+FASTNORM_WINOGRAD_PASS(winograd, backward_weight, Conv2dBackwardWeight, WeightGradient4x4)
+FASTNORM_WINOGRAD_PASS(winograd_2x2, backward_weight, Conv2dBackwardWeight, WeightGradient2x2)
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY
