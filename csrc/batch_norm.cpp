@@ -27,6 +27,21 @@ struct View {
     if (hw == 1) channels_last = true;  // both layouts are the same memory, and rows are the faster kernel
   }
   Tensor dense(const Tensor& t) const { return t.contiguous(format); }
+  // How many elements lie between two samples of t or, channels_last, two pixels, if it is dense but for those, as a
+  // slice of channels is.
+  std::optional<int64_t> gap(const Tensor& t) const {
+    int64_t dense = 1;  // the stride that the next dimension has if nothing lies between
+    std::optional<int64_t> gap;
+    for (int64_t i = 0, dims = t.dim(); i < dims; i++) {
+      const int64_t rows_d = i == 0 ? 1 : i == dims - 1 ? 0 : dims - i;  // from the inside out
+      const int64_t d = channels_last ? rows_d : dims - 1 - i;
+      if (t.size(d) == 1) continue;
+      if (!gap && (channels_last ? i > 0 : d == 0)) gap = t.stride(d) - dense, dense = t.stride(d);
+      if (t.stride(d) != dense) return std::nullopt;
+      dense *= t.size(d);
+    }
+    return gap && *gap > 0 ? gap : std::nullopt;
+  }
   c10::SymInt mask_bytes() const { return batch_norm_mask_bytes(n, c, hw, channels_last); }
 
   at::MemoryFormat format;
@@ -70,11 +85,16 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_in, const OptionalTen
   TORCH_CHECK(!training || !running_mean || momentum || num_batches_tracked, kOp,
               ": momentum=None averages over num_batches_tracked, which is None");
 
-  const Tensor x = view.dense(x_in);
+  const Device device = device_of(x_in, kOp);
+  const bool dense = x_in.is_contiguous(view.format);
+  // What is read once is read where it lies.
+  const auto gap = !training && !dense && device == Device::kCpu ? view.gap(x_in) : std::nullopt;
+  const Tensor x = gap ? x_in : view.dense(x_in);
   const OptionalTensor residual = residual_in ? OptionalTensor(view.dense(*residual_in)) : residual_in;
   const auto options = x.options().memory_format(at::MemoryFormat::Contiguous);
-  const Device device = device_of(x, kOp);
-  Tensor y = in_place && device == Device::kCpu && x.is_same(x_in) ? x_in : at::empty_like(x);
+  Tensor y = in_place && device == Device::kCpu && dense ? x_in
+             : gap                                       ? at::empty_like(x, x.options().memory_format(view.format))
+                                                         : at::empty_like(x);
   Tensor stats = at::empty_symint({3, view.c}, options.dtype(accumulate_scalar_type(x.scalar_type())));
   Tensor mask = at::empty_symint({save_mask ? view.mask_bytes() : c10::SymInt(0)}, options.dtype(at::kByte));
   if (device == Device::kMeta) return {y, stats, mask};
@@ -100,8 +120,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_in, const OptionalTen
   if (running_mean) a.running_dtype = dtype_of(*running_mean, kOp, "running_mean");
   a.training = training, a.cumulative = !momentum, a.momentum = momentum.value_or(0), a.eps = eps;
   a.negative_slope = negative_slope, a.activation = activation;
-  a.x = x.const_data_ptr(), a.residual = data_or_null(residual), a.weight = data_or_null(weight),
-  a.bias = data_or_null(bias);
+  a.x = x.const_data_ptr(), a.x_gap = gap.value_or(0), a.residual = data_or_null(residual);
+  a.weight = data_or_null(weight), a.bias = data_or_null(bias);
   a.running_mean = mutable_data_or_null(mean), a.running_var = mutable_data_or_null(var);
   a.num_batches_tracked = static_cast<int64_t*>(mutable_data_or_null(num_batches_tracked));
   a.y = y.mutable_data_ptr(), a.stats = stats.mutable_data_ptr();

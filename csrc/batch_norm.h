@@ -1,7 +1,8 @@
 // Batch norm: what the host file hands to the kernels.  No torch here.
 //
-// x is [n, c, hw].  In memory it is dense, as [n][c][hw] or, channels_last, as [n * hw][c]; residual, y, dy, dx and
-// dresidual are laid out the same way.  "A" is the accumulate type: double for float64, else float.
+// x is [n, c, hw].  In memory it is dense, as [n][c][hw] or, channels_last, as [n * hw][c], or a slice of the channels
+// of such a tensor where x_gap says so; residual, y, dy, dx and dresidual are dense in the same order.  "A" is the
+// accumulate type: double for float64, else float.
 //
 //   statistics (training): mean and variance over n and hw, per channel.  The mean is kept as mean + mean_low, a sum of
 //     two A, so that x - mean is exact where mean / std is large.
@@ -41,6 +42,8 @@ struct BatchNormForward {
   bool cumulative;      // running averages over all batches, factor 1 / num_batches_tracked, instead of momentum
   double momentum, eps, negative_slope;
   Activation activation;
+  int64_t
+      x_gap;  // elements between two samples of x or, channels_last, two pixels; not 0 only on the CPU, not training
   const void* x;
   const void* residual;          // or null
   const void* weight;            // [c] or null: 1

@@ -16,7 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ._library import extension, ops
 from ._recipes import recorder
 from .activation import activate
-from .module import MODULE_DOC, FusedNorm
+from .module import MODULE_DOC, FusedNorm, is_plain_inference
 from .transforms import ChannelFold, Norm, NormBackwardFunction, NormFunction, define_recorded, finish, unpack_bits
 
 _forward = ops.batch_norm_forward.default
@@ -296,12 +296,7 @@ class FusedBatchNorm(FusedNorm):
         self, input: Tensor, residual: Tensor | None, activation: str | None, negative_slope: float
     ) -> Tensor:
         running_mean, running_var = self.running_mean, self.running_var
-        # On CUDA memory that has just been freed costs nothing.
-        if (
-            self.training or running_mean is None or running_var is None or not input.is_cpu or torch.is_grad_enabled()
-            or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0
-        ):  # fmt: skip
+        if self.training or running_mean is None or running_var is None or not is_plain_inference(input):
             return self.fused(input, residual, activation, negative_slope)
         self._check_input_dim(input)
         extension.batch_norm_inference_(

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -55,6 +57,17 @@ def is_plain(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
         or _has_any_global_hook()
+    )
+
+
+def is_plain_inference(x: Tensor) -> bool:
+    """Whether nothing differentiates, batches or compiles what is done with x, on the CPU: then results may take the
+    place of what is not needed any more. On CUDA memory that has just been freed costs nothing."""
+    return x.is_cpu and not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     )
 
 

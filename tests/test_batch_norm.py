@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DTYPES, LAYOUTS, to_layout
 from oracle import ACTIVATIONS, Arguments, check, error, evaluate, keep_off_kinks, oracle
+from torch.profiler import ProfilerActivity, profile
 
 import fastnorm
 from fastnorm.activation import activate
@@ -332,3 +333,32 @@ def test_inference_in_place_of_strided_memory(backend):
     with pytest.raises(RuntimeError, match="residual must have the input's shape"):
         torch.ops.fastnorm.batch_norm_inference_(x, a.x[:2], *arguments)
     torch.testing.assert_close(x, expected)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_inference_of_a_slice_of_channels(backend, dtype, layout, residual, activation):
+    """As of a dense copy, bit for bit; on the CPU without making one."""
+    for shape in ((3, 7, 7, 7), (2, 65, 5, 4), (5, 6, 33), (33, 130), (2, 3, 1, 2), (1, 40, 3, 3), (4, 1, 6, 5),
+                  (2, 64, 20, 20), (2, 3, 2, 4, 5)):  # fmt: skip
+        a = make(shape, dtype, layout, activation, residual, False, backend.device)
+        expected, dense = by_fastnorm(a), a.x
+        n, c, *size = shape
+        wide = torch.full((n, c + 9, *size), float("nan"), dtype=dtype, device=backend.device)
+        wide = to_layout(wide, layout)
+        for first in (0, 4):
+            a.x = wide[:, first : first + c].copy_(dense)
+            with profile(activities=[ProfilerActivity.CPU]) as recorded:
+                y = by_fastnorm(a)
+            strides = [[s for s, size in zip(t.stride(), shape, strict=True) if size > 1] for t in (y, expected)]
+            assert torch.equal(y, expected) and strides[0] == strides[1]
+            if backend.name == "cpu":
+                assert not {"aten::clone", "aten::copy_"} & {e.key for e in recorded.key_averages()}
+            kept = wide.clone()
+            torch.ops.fastnorm.batch_norm_inference_(
+                a.x, a.residual, a.weight, a.bias, a.running_mean, a.running_var, a.eps, activation or "none", 0.01
+            )
+            kept[:, first : first + c] = expected
+            assert torch.equal(kept.nan_to_num(7), wide.nan_to_num(7))

@@ -42,14 +42,14 @@ Channel<A> finish_forward(const BatchNormForward& a, int64_t c, const Moments* b
 
 constexpr int64_t kWriteAhead = 512;  // elements, where planes follow each other in memory
 
-// Planes that follow each other, and their channels.
+// Planes of a sample that follow each other, and their channels.
 template <class T>
 [[gnu::noinline]] void write_planes(const BatchNormForward& a, const Channel<Accumulate<T>>* channels, int64_t first,
                                     int64_t planes, int64_t write_ahead, bool streaming) {
   normalize<T>(a, {0, 0, write_ahead}, streaming, [&](auto write) {
     for (int64_t i = 0; i < planes; i++)
       write(Uniform<Accumulate<T>>(channels[i]), (first + i) * a.hw, a.hw,
-            a.mask ? a.mask + (first + i) * ((a.hw + 7) / 8) : nullptr);
+            a.mask ? a.mask + (first + i) * ((a.hw + 7) / 8) : nullptr, first / a.c * a.x_gap);
   });
 }
 
@@ -141,9 +141,14 @@ void forward_planes(const BatchNormForward& a) {
 }
 
 template <class T>
+Rows<T> rows_of(const BatchNormForward& a) {
+  return Rows<T>(a.n * a.hw, a.c, a.x_gap != 0);
+}
+
+template <class T>
 void forward_rows(const BatchNormForward& a) {
   using A = Accumulate<T>;
-  const Rows<T> rows(a.n * a.hw, a.c);
+  const Rows<T> rows = rows_of<T>(a);
   const RowsWorkspace<T> work(rows, a.workspace);
   const PerColumn<A> coefficients{work.coefficients, rows.padded()};
   const T* const x = static_cast<const T*>(a.x);
@@ -170,7 +175,7 @@ void forward_rows(const BatchNormForward& a) {
     if (!a.y) return;
     team.for_each(rows.chunks, [&](int64_t j) {
       const int64_t i = rows.chunks - 1 - j;
-      normalize_chunk(a, rows, coefficients, i, kRowsAhead, streaming);
+      normalize_chunk(a, rows, coefficients, i, kRowsAhead, streaming, a.x_gap);
     });
   });
 }
@@ -182,7 +187,7 @@ size_t batch_norm_forward_workspace(const BatchNormForward& a) {
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (a.channels_last)
-      bytes = RowsWorkspace<T>::bytes(Rows<T>(a.n * a.hw, a.c), a.threads);
+      bytes = RowsWorkspace<T>::bytes(rows_of<T>(a), a.threads);
     else if (!a.training)
       bytes = a.c * sizeof(Channel<Accumulate<T>>);
     else if (a.threads > 1 && a.c < 4 * a.threads)

@@ -56,11 +56,12 @@ struct Ahead {
   int64_t x, residual, output;
 };
 
-// out(i, z, count, again) for every pack of z = (x - mean) * scale + shift + residual, of len elements from `at` on.
+// out(i, z, count, again) for every pack of z = (x - mean) * scale + shift + residual, of len elements from `at` on, in
+// x `skip` further.
 template <class T, class Args, class Coefficients, class Out>
-[[gnu::always_inline]] inline void for_z(const Args& a, const Coefficients c, int64_t at, int64_t len,
+[[gnu::always_inline]] inline void for_z(const Args& a, const Coefficients c, int64_t at, int64_t skip, int64_t len,
                                          const Ahead ahead, auto with_residual, Out out) {
-  const T *const x = static_cast<const T*>(a.x) + at, *const residual = static_cast<const T*>(a.residual) + at;
+  const T *const x = static_cast<const T*>(a.x) + at + skip, *const residual = static_cast<const T*>(a.residual) + at;
   for_packs<T>(len, [&](int64_t i, auto count, auto again) {
     if (ahead.x) prefetch(x + i + ahead.x);
     if (with_residual && ahead.residual) prefetch(residual + i + ahead.residual);
@@ -70,17 +71,17 @@ template <class T, class Args, class Coefficients, class Out>
   });
 }
 
-// y = activation(z) of spans: each(write) calls write(coefficients, at, len, mask) for one after the other, of len
-// elements from `at` on, whose bits are at mask.
+// y = activation(z) of spans: each(write) calls write(coefficients, at, len, mask, skip) for one after the other, of
+// len elements from `at` on, whose bits are at mask, and which lie `skip` further in x.
 template <class T, class Args, class F>
 [[gnu::always_inline]] inline void normalize(const Args& a, const Ahead ahead, bool streaming, F each) {
   using A = Accumulate<T>;
   if (takes_strips(a.activation))
-    return each([&](const auto& c, int64_t at, int64_t len, uint8_t* mask) {
+    return each([&](const auto& c, int64_t at, int64_t len, uint8_t* mask, int64_t skip = 0) {
       alignas(64) A strip[kStrip];
       for (int64_t first = 0; first < len; first += kStrip) {
         const int64_t part = std::min(kStrip, len - first);
-        for_z<T>(a, c.from(first), at + first, part, ahead, a.residual != nullptr,
+        for_z<T>(a, c.from(first), at + first, skip, part, ahead, a.residual != nullptr,
                  [&](int64_t i, auto z, auto, auto again) { store(strip + place<T>(i, again), z, Full<A>()); });
         store_activated(a.activation, a.negative_slope, strip, static_cast<T*>(a.y) + at + first, part,
                         mask ? mask + first / 8 : nullptr, streaming);
@@ -88,9 +89,9 @@ template <class T, class Args, class F>
     });
   const A bound = lower_bound<A>(a.activation);
   auto with = [&](auto residual) {
-    each([&](const auto& c, int64_t at, int64_t len, uint8_t* mask) {
+    each([&](const auto& c, int64_t at, int64_t len, uint8_t* mask, int64_t skip = 0) {
       T* const y = static_cast<T*>(a.y) + at;
-      for_z<T>(a, c, at, len, ahead, residual, [&](int64_t i, auto z, auto count, auto again) {
+      for_z<T>(a, c, at, skip, len, ahead, residual, [&](int64_t i, auto z, auto count, auto again) {
         if (residual && mask) store_bits(mask, i, relu_bits(z), count, again);
         if (ahead.output && !streaming) prefetch<T, true>(y + i + ahead.output);
         Pack<A> v = raise_to(bound, z);
@@ -125,7 +126,7 @@ struct Gradient {
 // The slopes of len elements from `at` on.
 template <class T, class Args, class Coefficients>
 [[gnu::noinline]] void keep_slopes(const Args& a, const Coefficients c, int64_t at, int64_t len, Accumulate<T>* kept) {
-  for_z<T>(a, c, at, len, {}, a.residual != nullptr,
+  for_z<T>(a, c, at, 0, len, {}, a.residual != nullptr,
            [&](int64_t i, auto z, auto, auto again) { store(kept + place<T>(i, again), z, Full<Accumulate<T>>()); });
   to_slopes(a.activation, a.negative_slope, kept, len);
 }

@@ -7,15 +7,16 @@
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
 
-// Several rows at once are one wide row of `columns` elements; the last wide row may be shorter.
+// Several rows at once are one wide row of `columns` elements; the last wide row may be shorter.  Where rows do not
+// follow each other in memory, each is for itself.
 template <class T>
 struct Rows {
   int64_t c, total, columns, chunk, chunks;  // elements, but for the count of chunks
 
-  Rows(int64_t rows, int64_t c) : c(c), total(rows * c) {
+  Rows(int64_t rows, int64_t c, bool apart = false) : c(c), total(rows * c) {
     int64_t repeat = 1;
-    while (repeat * c % kLanes<T> != 0) repeat *= 2;
-    while (repeat * c < 256) repeat *= 2;
+    while (!apart && repeat * c % kLanes<T> != 0) repeat *= 2;
+    while (!apart && repeat * c < 256) repeat *= 2;
     columns = std::min(repeat, rows) * c;
     const int64_t wide_rows = (total + columns - 1) / columns;
     // At most 256 chunks of at least 64k elements: enough for every thread, few enough to merge.
@@ -105,13 +106,14 @@ void merge_chunk_moments(const Rows<T>& rows, int64_t first, int64_t last, F sum
   }
 }
 
-// y of a chunk.
+// y of a chunk.  gap: elements of x between a row and the next, where rows are apart.
 template <class T, class Args>
 [[gnu::noinline]] void normalize_chunk(const Args& a, const Rows<T>& rows, const PerColumn<Accumulate<T>> coefficients,
-                                       int64_t chunk, int64_t x_ahead, bool streaming) {
+                                       int64_t chunk, int64_t x_ahead, bool streaming, int64_t gap = 0) {
   normalize<T>(a, {x_ahead, kRowsAhead, kRowsAhead}, streaming, [&](auto write) {
     for (int64_t at = chunk * rows.chunk; at < rows.chunk_end(chunk); at += rows.columns)
-      write(coefficients, at, std::min(rows.columns, rows.total - at), a.mask ? a.mask + at / 8 : nullptr);
+      write(coefficients, at, std::min(rows.columns, rows.total - at), a.mask ? a.mask + at / 8 : nullptr,
+            at / rows.columns * gap);
   });
 }
 

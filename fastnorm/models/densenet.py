@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import nn
+from ..module import is_plain_inference
 from ._common import Layers, Network, NormLayer, conv_norm_relu, initialise, norm_relu, relu_after, relu_norm, variants
 
 
@@ -22,8 +23,11 @@ class DenseLayer(nn.Module):
         self.conv2 = nn.Conv2d(bottleneck * growth, growth, 3, padding=1, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, features: list[Tensor]) -> Tensor:
-        x = norm_relu(self.norm1, torch.cat(features, 1), own=True)
+    def forward(self, features: list[Tensor] | Tensor) -> Tensor:
+        if isinstance(features, Tensor):
+            x = norm_relu(self.norm1, features)
+        else:
+            x = norm_relu(self.norm1, torch.cat(features, 1), own=True)
         return self.dropout(self.conv2(conv_norm_relu(self.conv1, self.norm2, x)))
 
 
@@ -41,10 +45,26 @@ class DenseBlock(nn.ModuleDict):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if type(x) is Tensor and is_plain_inference(x) and not torch.is_autocast_enabled("cpu"):
+            return self.infer(x)
         features = [x]
         for layer in self.values():
             features.append(layer(features))
         return torch.cat(features, 1)
+
+    def infer(self, x: Tensor) -> Tensor:
+        """The same with all features in one place, which nothing else needs: norms read them there."""
+        n, seen, *size = x.shape
+        channels = seen + sum(layer.conv2.out_channels for layer in self.values())
+        features = torch.empty(
+            (n, channels, *size), dtype=x.dtype, memory_format=torch._prims_common.suggest_memory_format(x)
+        )
+        features[:, :seen] = x
+        for layer in self.values():
+            new = layer(features[:, :seen])
+            features[:, seen : seen + new.shape[1]] = new
+            seen += new.shape[1]
+        return features
 
 
 def transition(inputs: int, outputs: int, norm_layer: NormLayer) -> nn.Sequential:
