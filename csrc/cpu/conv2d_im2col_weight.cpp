@@ -11,8 +11,10 @@
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kPixels = 128;      // of a block
-constexpr int64_t kFewChannels = 64;  // so many side by side are no trouble for the L1 cache
+constexpr int64_t kPixels = 128;       // of a block
+constexpr int64_t kFewChannels = 64;   // so many side by side are no trouble for the L1 cache
+constexpr int64_t kMostColumns = 512;  // that are copied together: with them a block stays in L2
+constexpr int64_t kSideBySide = 24;    // channels of copied dy: whole tiles, and whole blocks of a transposition
 
 template <class T>
 struct WeightGradient : ConvWeightWork<T> {
@@ -22,8 +24,10 @@ struct WeightGradient : ConvWeightWork<T> {
 
   const ConvBlocks blocks;
   const bool plain, copied, merged;
-  const int64_t x_pitch;                   // of copied pixels
-  const int64_t runs, run_length, panels;  // a run: the columns that follow each other in memory; panels of each
+  const int64_t x_pitch;        // of copied pixels
+  const int64_t pieces, piece;  // so many runs of a window's columns follow each other in memory, each so long
+  const bool gathered;          // copied once more, to be one run: where pieces would not fill their panels
+  const int64_t runs, run_length, panels;  // of columns as the product finds them; panels of each run
   const ConvParts split;
   A *sums, *bias_sums, *zeros;
   const ConvMemory memory;
@@ -36,19 +40,24 @@ struct WeightGradient : ConvWeightWork<T> {
         copied(!plain || s.ci < kColumns),
         merged(copied && x.neighbours() && s.ci < kFewChannels),
         x_pitch(merged ? s.ci : spread(s.ci)),
-        runs(merged ? y.kernel : s.taps()),
-        run_length(merged ? x.kernel * s.ci : s.ci),
-        panels((run_length + kColumns - 1) / kColumns),
+        pieces(merged ? y.kernel : s.taps()),
+        piece(merged ? x.kernel * s.ci : s.ci),
+        gathered(copied && pieces * piece <= kMostColumns && panels_of(pieces * piece) < pieces * panels_of(piece)),
+        runs(gathered ? 1 : pieces),
+        run_length(gathered ? pieces * piece : piece),
+        panels(panels_of(run_length)),
         split(sums_of_part() * int64_t(sizeof(A)), blocks.count, s.groups, s.co, p.threads),
         memory(*this) {}
 
+  static int64_t panels_of(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
   // A pitch of copied pixels for which a column of them does not fall into few sets of the L1 cache.
-  static int64_t spread(int64_t channels) {
-    return channels < kFewChannels ? channels : (channels + 31) / 32 * 32 + 16;
-  }
+  static int64_t spread(int64_t channels) { return channels < kFewChannels ? channels : widened(channels); }
+  static int64_t widened(int64_t columns) { return (columns + 31) / 32 * 32 + 16; }
 
-  int64_t pitch() const { return runs * panels * kColumns; }  // from one channel of dy to the next
-  int64_t sums_of_part() const { return s.groups * s.co * pitch(); }
+  // Sums are [part][group][run][panel][channel of dy][column], so that tiles follow each other.
+  int64_t sums_of_panel() const { return s.co * kColumns; }
+  int64_t sums_of_group() const { return runs * panels * sums_of_panel(); }
+  int64_t sums_of_part() const { return s.groups * sums_of_group(); }
 
   void layout_shared(Arena& scratch) {
     sums = scratch.take<A>(split.parts * sums_of_part());
@@ -57,16 +66,17 @@ struct WeightGradient : ConvWeightWork<T> {
   }
 
   struct Own {
-    A *image, *dy, *bias;
-    const A **x_rows, **dy_rows;  // [run][pixel] and [pixel]
+    A *image, *dy, *bias;  // dy: [kSideBySide channels][pixel][channel]
+    A* columns;            // [pixel][column], if gathered
+    const A** x_rows;      // [piece or run][pixel]
 
     Own(const WeightGradient& q, Arena& scratch) {
       const int64_t pixels = q.blocks.samples * q.blocks.rows * q.x.out;
       image = scratch.take<A>(q.copied ? ConvView<T>::elements(q.y, q.x, q.blocks, q.x_pitch) : 0);
-      dy = scratch.take<A>(q.plain ? 0 : pixels * spread(q.split.widest()));
+      dy = scratch.take<A>(q.plain ? 0 : pixels * (q.split.widest() + kSideBySide));
       bias = scratch.take<A>(q.split.widest());
-      x_rows = scratch.take<const A*>(pixels * q.runs);
-      dy_rows = scratch.take<const A*>(pixels);
+      columns = scratch.take<A>(q.gathered ? pixels * widened(q.run_length) : 0);
+      x_rows = scratch.take<const A*>(pixels * q.pieces);
     }
   };
   size_t bytes() const { return memory.bytes(p.threads); }
@@ -77,84 +87,104 @@ struct WeightGradient : ConvWeightWork<T> {
     return copied ? panel * kColumns : std::min(panel * kColumns, run_length - kColumns);
   }
 
+  // What a whole vector copies too much is written over by the next piece, or is beyond the columns.
+  void gather(const Own& own, int64_t pixels) const {
+    const int64_t pitch = widened(run_length);
+    const A* const* from = own.x_rows;
+    for (int64_t i = 0; i < pieces; i++)
+      for (int64_t pixel = 0; pixel < pixels; pixel++, from++)
+        for (int64_t j = 0; j < piece; j += V::size())
+          V::loadu(*from + j).store(own.columns + pixel * pitch + i * piece + j);
+    for (int64_t pixel = 0; pixel < pixels; pixel++) own.x_rows[pixel] = own.columns + pixel * pitch;
+  }
+
   void add_block(const ConvBlock& block, int64_t group, int64_t slice_begin, int64_t slice_end, const Own& own, A* to,
                  A* bias_to) const {
     ConvView<T> view(y, x, x_layout, group * s.ci, s.ci, copied, p.x, zeros, own.image, x_pitch);
     view.read(block);
-    const int64_t rows = block.row_end - block.row, per_sample = rows * x.out, width = slice_end - slice_begin,
-                  dy_pitch = spread(width);
+    const int64_t rows = block.row_end - block.row, per_sample = rows * x.out, width = slice_end - slice_begin;
     const int64_t pixels = (block.sample_end - block.sample) * per_sample, channel = group * s.co + slice_begin;
-    for (int64_t n = block.sample; n < block.sample_end; n++) {
-      const int64_t first = (n - block.sample) * per_sample, at = block.row * x.out;
-      const T* const sample = this->dy_of(n);
-      if (!plain)
-        read_pixels<T>(sample, dy_layout, channel, width, at, per_sample, own.dy + first * dy_pitch, dy_pitch);
-      for (int64_t i = 0; i < per_sample; i++)
-        if constexpr (std::is_same_v<T, A>)
-          own.dy_rows[first + i] =
-              plain ? sample + (at + i) * dy_layout.channels + channel : own.dy + (first + i) * dy_pitch;
-        else
-          own.dy_rows[first + i] = own.dy + (first + i) * dy_pitch;
-    }
+    for (int64_t n = block.sample; !plain && n < block.sample_end; n++)
+      for (int64_t o = 0; o < width; o += kSideBySide)
+        read_pixels<T>(this->dy_of(n), dy_layout, channel + o, std::min(kSideBySide, width - o), block.row * x.out,
+                       per_sample, own.dy + o * pixels + (n - block.sample) * per_sample * kSideBySide, kSideBySide);
+    // The first pixel's numbers from channel o on, and the way to the next pixel's.
+    auto dy_from = [&](int64_t o) -> const A* {
+      if constexpr (std::is_same_v<T, A>)
+        if (plain) return this->dy_of(block.sample) + block.row * x.out * dy_layout.channels + channel + o;
+      return own.dy + o / kSideBySide * kSideBySide * pixels + o % kSideBySide;
+    };
+    const int64_t dy_step = plain ? dy_layout.channels : kSideBySide;
     const A** x_row = own.x_rows;
-    for (int64_t run = 0; run < runs; run++) {
-      const int ky = merged ? run : run / x.kernel, kx = merged ? 0 : run % x.kernel;
+    for (int64_t i = 0; i < pieces; i++) {
+      const int ky = merged ? i : i / x.kernel, kx = merged ? 0 : i % x.kernel;
       for (int64_t n = block.sample; n < block.sample_end; n++)
         for (int64_t row = block.row; row < block.row_end; row++)
-          for (int64_t column = 0; column < x.out; column++)
-            *x_row++ = view.pixel(n, y.position(row, ky), x.position(column, kx));
+          if (copied) {
+            const A* const first = view.pixel(n, y.position(row, ky), x.position(0, kx));
+            for (int64_t column = 0; column < x.out; column++) *x_row++ = first + column * x.stride * x_pitch;
+          } else {
+            for (int64_t column = 0; column < x.out; column++)
+              *x_row++ = view.pixel(n, y.position(row, ky), x.position(column, kx));
+          }
     }
+    if (gathered) gather(own, pixels);
     for (int64_t run = 0; run < runs; run++)
       for (int64_t panel = 0; panel < panels; panel++) {
         const int64_t begin = panel_begin(panel);
         const A* const* const x_rows = own.x_rows + run * pixels;
-        A* const panel_to = to + (run * panels + panel) * kColumns;
+        A* const panel_to = to + (run * panels + panel) * sums_of_panel();
         for (int64_t o = 0; o < width; o += kTileRows)
           with_rows(std::min<int64_t>(kTileRows, width - o), [&](auto row_count) {
             constexpr int R = row_count;
+            A* const sums = panel_to + o * kColumns;
+            const A* const dy = dy_from(o);
+            prefetch_run(sums + R * kColumns, kTileRows * kColumns);
             Tile<A, R> tile;
-            tile.load(panel_to + o * pitch(), pitch());
+            tile.load(sums, kColumns);
             tile.outer_add(
-                pixels, [&](int64_t i) { return own.dy_rows[i] + o; }, [&](int64_t i) { return x_rows[i] + begin; });
-            tile.store(panel_to + o * pitch(), pitch());
+                pixels, [&](int64_t i) { return dy + i * dy_step; }, [&](int64_t i) { return x_rows[i] + begin; });
+            tile.store(sums, kColumns);
           });
       }
     if (!p.dbias) return;
-    for_packs<A>(width, [&](int64_t o, auto count, auto) {
-      Pack<A> sum(A(0));
-      for (int64_t i = 0; i < pixels; i++) sum = sum + load(own.dy_rows[i] + o, count);
-      store(own.bias + o, sum, count);
-    });
+    for (int64_t first = 0; first < width; first += kSideBySide)
+      for_packs<A>(std::min(kSideBySide, width - first), [&](int64_t i, auto count, auto) {
+        const A* dy = dy_from(first) + i;
+        Pack<A> sum(A(0));
+        for (int64_t pixel = 0; pixel < pixels; pixel++, dy += dy_step) sum = sum + load(dy, count);
+        store(own.bias + first + i, sum, count);
+      });
     for (int64_t o = 0; o < width; o++) bias_to[o] += own.bias[o];
   }
 
   void run_item(int64_t item, const Own& own) const {
     const int64_t i = item % split.slices, group = item / split.slices % s.groups,
                   part = item / split.slices / s.groups;
-    A* const to = sums + part * sums_of_part() + (group * s.co + split.slice(i)) * pitch();
+    const int64_t width = split.slice(i + 1) - split.slice(i);
+    A* const to = sums + part * sums_of_part() + group * sums_of_group() + split.slice(i) * kColumns;
     A* const bias_to = bias_sums + (part * s.groups + group) * s.co + split.slice(i);
-    std::fill_n(to, (split.slice(i + 1) - split.slice(i)) * pitch(), A(0));
-    std::fill_n(bias_to, split.slice(i + 1) - split.slice(i), A(0));
+    for (int64_t panel = 0; panel < runs * panels; panel++)
+      std::fill_n(to + panel * sums_of_panel(), width * kColumns, A(0));
+    std::fill_n(bias_to, width, A(0));
     for (int64_t b = blocks.count * part / split.parts; b < blocks.count * (part + 1) / split.parts; b++)
       add_block(blocks(b, s.n, y.out), group, split.slice(i), split.slice(i + 1), own, to, bias_to);
   }
 
   // One channel of dy, all parts.
   void finish(int64_t channel) const {
-    A* const first = sums + channel * pitch();
-    for (int64_t part = 1; part < split.parts; part++) {
-      const A* const other = first + part * sums_of_part();
-      for (int64_t i = 0; i < pitch(); i += kColumns)
-        store<A>(first + i, load<A>(first + i, Full<A>()) + load<A>(other + i, Full<A>()), Full<A>());
+    A* const first = sums + channel / s.co * sums_of_group() + channel % s.co * kColumns;
+    for (int64_t part = 1; part < split.parts; part++)
       bias_sums[channel] += bias_sums[part * s.groups * s.co + channel];
-    }
     T* const to = static_cast<T*>(p.dweight) + channel * s.ci * s.taps();
     for (int64_t run = 0; run < runs; run++)
       for (int64_t panel = 0; panel < panels; panel++) {
-        const A* const from = first + (run * panels + panel) * kColumns;
+        A* const from = first + (run * panels + panel) * sums_of_panel();
+        for (int64_t part = 1; part < split.parts; part++)
+          store<A>(from, load<A>(from, Full<A>()) + load<A>(from + part * sums_of_part(), Full<A>()), Full<A>());
         const int64_t begin = panel_begin(panel), end = std::min(begin + kColumns, run_length);
         for (int64_t j = begin; j < end; j++) {
-          const int64_t tap = merged ? run * x.kernel + j / s.ci : run;
+          const int64_t tap = s.taps() / runs * run + j / s.ci;
           to[j % s.ci * s.weight_input() + tap * s.weight_tap()] = T(from[j - begin]);
         }
       }

@@ -70,9 +70,11 @@ template <class T>
 inline void read_pixels(const T* sample, const ImageLayout& s, int64_t c0, int64_t c, int64_t p0, int64_t pixels,
                         Accumulate<T>* to, int64_t pitch) {
   if (!s.channels_last) return image::transpose(sample + c0 * s.pixels + p0, s.pixels, to, pitch, c, pixels);
-  for (int64_t i = 0; i < pixels; i++) {
+  const bool joined = c == s.channels && c == pitch;  // then all pixels are one run
+  const int64_t run = joined ? pixels * c : c;
+  for (int64_t i = 0; i < (joined ? 1 : pixels); i++) {
     const T* const from = sample + (p0 + i) * s.channels + c0;
-    for_packs<T>(c, [&](int64_t j, auto count, auto) {
+    for_packs<T>(run, [&](int64_t j, auto count, auto) {
       store<Accumulate<T>>(to + i * pitch + j, load(from + j, count), count);
     });
   }
