@@ -67,8 +67,9 @@ struct ConvBlocks {
     samples = std::clamp<int64_t>(pixels / std::max<int64_t>(height * width, 1), 1, std::max<int64_t>(n, 1));
     rows = samples > 1 ? height : std::clamp<int64_t>(pixels / std::max<int64_t>(width, 1), 1, height);
     per_sample = samples > 1 ? 1 : (height + rows - 1) / rows;
-    rows = (height + per_sample - 1) / per_sample;  // of even size
     count = samples > 1 ? (n + samples - 1) / samples : n * per_sample;
+    rows = (height + per_sample - 1) / per_sample;  // of even size
+    if (samples > 1) samples = (n + count - 1) / count;
   }
   ConvBlock operator()(int64_t i, int64_t n, int64_t height) const {
     if (samples > 1) return {i * samples, std::min(n, (i + 1) * samples), 0, height};

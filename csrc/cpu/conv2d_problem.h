@@ -203,7 +203,10 @@ inline size_t conv_packed(const Conv2dForward& a) {
 }
 template <template <class> class Kernel, bool kFloat64 = true, class Args>
 inline void conv_run(const Args& a) {
-  with_kernel<Kernel, kFloat64>(a, [](auto& kernel) { kernel.run(); });
+  with_kernel<Kernel, kFloat64>(a, [&](auto& kernel) {
+    prefer_huge_pages(a.workspace, kernel.bytes());
+    kernel.run();
+  });
 }
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

@@ -120,35 +120,35 @@ struct Product : ConvWork<T>, Sizes<kTile> {
   }
 
   // products[panel][point] = pixels[point] filters[panel][point] for `width` panels, or plus the products of the terms
-  // in [begin, end).  What comes next is fetched meanwhile: the next panel's filters, and a share of the next point's
-  // pixels.
+  // in [begin, end), some of them at a time, whose filters stay in the L1 cache for all tiles.  What comes next is
+  // fetched meanwhile: the next panel's filters, and a share of the next point's pixels.
   void multiply(const Own& own, int64_t count, int64_t width, int64_t begin, int64_t end,
                 const A* panel_filters_begin) const {
     const int64_t row_tiles = (count + kTileRows - 1) / kTileRows;
-    const bool goes_on = begin % chain != 0;  // a chain that the terms before began
+    const int64_t some = kTile == 2 ? chain : equal_part(end - begin, kDepth), steps = (end - begin + some - 1) / some;
     for (int64_t point = 0; point < kPoints; point++) {
       const A* const pixels = own.pixels + point * pixels_point();
-      Ahead next_pixels{pixels + pixels_point(), begin == 0 ? count * pitch : 0, row_tiles * width};
+      Ahead next_pixels{pixels + pixels_point(), begin == 0 ? count * pitch : 0, row_tiles * steps * width};
       for (int64_t i = 0; i < width; i++) {
         const A* const filter = panel_filters_begin + i * panel_filters + point * filters_point();
         Ahead next_filter{i + 1 < width ? filter + panel_filters : filter - i * panel_filters + filters_point(),
-                          (end - begin) * kColumns, row_tiles};
+                          (end - begin) * kColumns, row_tiles * steps};
         A* const to = own.products + i * kPoints * products_point() + point * products_point();
-        for (int64_t m = 0; m < count; m += kTileRows) {
-          next_pixels.step(), next_filter.step();
-          with_rows(std::min<int64_t>(kTileRows, count - m), [&](auto row_count) {
-            constexpr int R = row_count;
-            for (int64_t k = begin; k < end; k += chain) {
+        for (int64_t k = begin; k < end; k += some)
+          for (int64_t m = 0; m < count; m += kTileRows) {
+            next_pixels.step(), next_filter.step();
+            with_rows(std::min<int64_t>(kTileRows, count - m), [&](auto row_count) {
+              constexpr int R = row_count;
+              const bool begins = k % chain == 0;  // else the terms before began it
               const A* rows[R];
               for (int r = 0; r < R; r++) rows[r] = pixels + (m + r) * pitch + k;
               Tile<A, R> tile;
-              goes_on ? tile.load(to + m * kColumns, kColumns) : tile.clear();
-              tile.multiply_add(rows, std::min(chain, end - k), filter + (k - begin) * kColumns);
-              if (!goes_on && k > 0) tile.add(to + m * kColumns, kColumns);
+              begins ? tile.clear() : tile.load(to + m * kColumns, kColumns);
+              tile.multiply_add(rows, std::min(some, end - k), filter + (k - begin) * kColumns);
+              if (begins && k > 0) tile.add(to + m * kColumns, kColumns);
               tile.store(to + m * kColumns, kColumns);
-            }
-          });
-        }
+            });
+          }
       }
     }
   }
@@ -189,7 +189,8 @@ struct Product : ConvWork<T>, Sizes<kTile> {
     const ConvBlock rows = tiles.result_rows(block);
     ConvView<T> view(y, x, in_layout, group * terms, terms, !plain, p.in, zeros, own.image, terms);
     view.read(rows);
-    transform_input(tiles, block, view, own.pixels, pitch, pixels_point());
+    transform_input(tiles, block, view, pixels_point(),
+                    [&](int64_t i, int64_t k) { return own.pixels + i * pitch + k; });
     const int64_t count = tiles.for_each(block, [](auto...) {}), end = panels * (part + 1) / split;
     for (int64_t i = panels * part / split; i < end; i += together) {
       const int64_t width = std::min(together, end - i), panel = group * panels + i;

@@ -239,10 +239,11 @@ struct Ahead {
   }
 };
 
-// to[point][tile][channel] = the transformed pixels that each tile's results see; point: from one to the next.
-template <int kTile, class T, class A = Accumulate<T>>
-void transform_input(const Tiles<kTile>& tiles, int64_t block, const ConvView<T>& view, A* to, int64_t pitch,
-                     int64_t point) {
+// The transformed pixels that each tile's results see, point by point, from one of which to the next it is `point`;
+// place(tile, channel): where the first point has a vector of them.
+template <int kTile, class T, class Place>
+void transform_input(const Tiles<kTile>& tiles, int64_t block, const ConvView<T>& view, int64_t point, Place place) {
+  using A = Accumulate<T>;
   using V = at::vec::Vectorized<A>;
   constexpr int kWindow = Sizes<kTile>::kWindow;
   tiles.for_each(block, [&](int64_t i, int64_t sample, int64_t row, int64_t column) {
@@ -250,14 +251,14 @@ void transform_input(const Tiles<kTile>& tiles, int64_t block, const ConvView<T>
     for (int r = 0; r < kWindow; r++)
       for (int c = 0; c < kWindow; c++)
         pixel[r][c] = view.pixel_or_zeros(sample, view.y.begin(row) + r, view.x.begin(column) + c);
-    A* const first = to + i * pitch;
     const int64_t next_tile = kTile * view.layout.channels;
     auto run = [&](int64_t k, auto read) {
       if (!view.copied && k % kLine<A> == 0)  // what the next tile's pixels add
         for (int r = kWindow - kTile; r < kWindow; r++)
           for (int c = kWindow - kTile; c < kWindow; c++) __builtin_prefetch(pixel[r][c] + next_tile + k, 0, 2);
+      A* const to = place(i, k);
       transform<InputTransform<kTile>, V>([&](int r, int c) { return read(pixel[r][c] + k); },
-                                          [&](int r, int c, V v) { v.store(first + (r * kWindow + c) * point + k); });
+                                          [&](int r, int c, V v) { v.store(to + (r * kWindow + c) * point); });
     };
     int64_t k = 0;
     for (; k + V::size() <= view.c; k += V::size()) run(k, [](const A* p) { return V::loadu(p); });

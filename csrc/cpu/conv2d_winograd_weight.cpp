@@ -1,8 +1,9 @@
 // The gradient of a convolution to its weights and bias by Winograd's algorithm; conv2d_winograd.h has it.
 //
-// For a block of tiles the transformed pixels of x and of dy are [point][tile][channel], and each point's products over
-// the tiles add up in [point][co][ci], which the last transform makes a gradient of 3x3 taps.  The order of sums
-// depends on the shape alone: blocks go to a fixed number of parts with sums of their own, which are added up in order.
+// For a block of tiles the transformed pixels of x are [point][panel][tile][column], those of dy are [point][bundle]
+// [tile][channel], and each point's products over the tiles add up in [point][panel][co][column], which the last
+// transform makes a gradient of 3x3 taps: what a product reads and writes is always a run.  The order of sums depends
+// on the shape alone: blocks go to a fixed number of parts with sums of their own, which are added up in order.
 //
 // Floor: a quarter of im2col's multiply-adds, 4/9 with tiles of 2x2; the sums move from and to memory once per block,
 // so blocks are larger the more channels there are.  Products run at 60 to 80 % of the multiply-adds' peak on Zen 3,
@@ -13,6 +14,9 @@ namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace winograd {
 namespace {
 
+constexpr int64_t kBundle = 48;      // channels of dy that are side by side: whole tiles, and whole vectors
+constexpr int64_t kInNearest = 144;  // of so many tiles a panel stays in the L1 cache
+
 template <class T, int kTile>
 struct WeightGradient : ConvWeightWork<T>, Sizes<kTile> {
   using Work = ConvWeightWork<T>;
@@ -20,7 +24,7 @@ struct WeightGradient : ConvWeightWork<T>, Sizes<kTile> {
   using Sizes<kTile>::kWindow, Sizes<kTile>::kPoints;
   using Work::kColumns, Work::p, Work::s, Work::y, Work::x, Work::x_layout, Work::dy_layout;
 
-  const int64_t panels, pitch;  // of x's channels; of a tile's transformed pixels of x
+  const int64_t panels;  // of x's channels
   const bool plain;
   const Tiles<kTile> tiles;
   const ConvParts split;
@@ -30,18 +34,17 @@ struct WeightGradient : ConvWeightWork<T>, Sizes<kTile> {
   explicit WeightGradient(const Conv2dBackwardWeight& a)
       : Work(a),
         panels((s.ci + kColumns - 1) / kColumns),
-        pitch(spread(panels * kColumns)),
         plain(s.channels_last && std::is_same_v<T, A>),
         tiles(s.n, y.out, x.out, same_points<kTile>(std::clamp<int64_t>(s.ci * s.co / 192, 48, 192))),
         split(sums_of_part() * int64_t(sizeof(A)), tiles.blocks.count, s.groups, s.co, p.threads),
         memory(*this) {}
 
-  int64_t row() const { return panels * kColumns; }  // of sums: one channel of dy at one point
-  int64_t point() const { return spread_points(s.co * row()); }
+  int64_t panel() const { return s.co * kColumns; }  // of sums
+  int64_t point() const { return spread_points(panels * panel()); }
   int64_t sums_of_part() const { return s.groups * kPoints * point(); }
-  int64_t dy_pitch() const { return spread(split.widest()); }
+  int64_t dy_pitch() const { return (split.widest() + kBundle - 1) / kBundle * kBundle; }
   // From one point of a block's transformed pixels, or of dy's, to the next.
-  int64_t pixels_point() const { return spread_points(tiles.most() * pitch); }
+  int64_t pixels_point() const { return spread_points(tiles.most() * panels * kColumns); }
   int64_t gradients_point() const { return spread_points(tiles.most() * dy_pitch()); }
   size_t bytes() const { return memory.bytes(p.threads); }
 
@@ -64,8 +67,8 @@ struct WeightGradient : ConvWeightWork<T>, Sizes<kTile> {
     }
   };
 
-  // gradients[point][tile][channel] from `width` channels of dy; adds their sums up.
-  void transform_dy(int64_t block, int64_t channel, int64_t width, const Own& own) const {
+  // Gradients of `count` tiles from `width` channels of dy, and these channels' sums.
+  void transform_dy(int64_t block, int64_t channel, int64_t width, int64_t count, const Own& own) const {
     const ConvBlock rows = tiles.result_rows(block);
     const int64_t per_sample = (rows.row_end - rows.row) * x.out, at = rows.row * x.out;
     const T* const first = static_cast<const T*>(p.dy);
@@ -86,8 +89,8 @@ struct WeightGradient : ConvWeightWork<T>, Sizes<kTile> {
           if constexpr (std::is_same_v<T, A>)
             if (plain) pixel[r][c] = first + (n * dy_layout.pixels + at + in_rows) * dy_layout.channels + channel;
         }
-      A* const to = own.gradients + i * dy_pitch();
       auto run = [&](int64_t k, auto read) {
+        A* const to = own.gradients + (k / kBundle * count + i) * kBundle + k % kBundle;
         if (plain && k % kLine<A> == 0)
           for (const auto& pixels : pixel)
             for (const A* q : pixels) __builtin_prefetch(q + kTile * dy_layout.channels + k, 0, 2);
@@ -98,7 +101,7 @@ struct WeightGradient : ConvWeightWork<T>, Sizes<kTile> {
               sum = sum + v;
               return v;
             },
-            [&](int r, int c, V v) { v.store(to + (r * kWindow + c) * step + k); });
+            [&](int r, int c, V v) { v.store(to + (r * kWindow + c) * step); });
         (V::loadu(own.bias + k) + sum).store(own.bias + k);
       };
       int64_t k = 0;
@@ -110,31 +113,34 @@ struct WeightGradient : ConvWeightWork<T>, Sizes<kTile> {
   void add_block(int64_t block, bool first, int64_t group, int64_t begin, int64_t end, const Own& own, A* to) const {
     ConvView<T> view(y, x, x_layout, group * s.ci, s.ci, !plain, p.x, zeros, own.image, s.ci);
     view.read(tiles.result_rows(block));
-    transform_input(tiles, block, view, own.pixels, pitch, pixels_point());
-    transform_dy(block, group * s.co + begin, end - begin, own);
     const int64_t count = tiles.for_each(block, [](auto...) {});
-    // What comes next is fetched meanwhile: the sums of the next rows, and a share of the next point's pixels.
-    const int64_t steps = panels * ((end - begin + kTileRows - 1) / kTileRows);
-    for (int64_t i = 0; i < kPoints; i++) {
-      const A* const pixels = own.pixels + i * pixels_point();
-      const A* const gradients = own.gradients + i * gradients_point();
-      Ahead next_pixels{pixels + pixels_point(), count * pitch, steps};
-      Ahead next_gradients{gradients + gradients_point(), count * dy_pitch(), steps};
-      for (int64_t j = 0; j < row(); j += kColumns)
-        for (int64_t o = begin; o < end; o += kTileRows)
-          with_rows(std::min<int64_t>(kTileRows, end - o), [&](auto row_count) {
-            constexpr int R = row_count;
-            A* const at = to + i * point() + o * row() + j;
-            for (int r = 0; r < R; r++) prefetch<A>(at + (kTileRows + r) * row());
-            next_pixels.step(), next_gradients.step();
-            Tile<A, R> tile;
-            first ? tile.clear() : tile.load(at, row());
-            tile.outer_add(
-                count, [&](int64_t k) { return gradients + k * dy_pitch() + o - begin; },
-                [&](int64_t k) { return pixels + k * pitch + j; });
-            tile.store(at, row());
-          });
-    }
+    transform_input(tiles, block, view, pixels_point(), [&](int64_t i, int64_t k) {
+      return own.pixels + (k / kColumns * count + i) * kColumns + k % kColumns;
+    });
+    transform_dy(block, group * s.co + begin, end - begin, count, own);
+    for (int64_t i = 0; i < kPoints; i++)
+      for (int64_t j = 0; j < panels; j++)
+        for (int64_t tile = 0; tile < count; tile += kInNearest)
+          add_products(own.pixels + i * pixels_point() + (j * count + tile) * kColumns,
+                       own.gradients + i * gradients_point() + tile * kBundle, count,
+                       std::min(kInNearest, count - tile), end - begin, first && tile == 0,
+                       to + i * point() + j * panel() + begin * kColumns);
+  }
+  // Those of `some` of a block's `count` tiles, of a panel of x with `width` channels of dy.
+  void add_products(const A* pixels, const A* gradients, int64_t count, int64_t some, int64_t width, bool first,
+                    A* to) const {
+    for (int64_t o = 0; o < width; o += kTileRows)
+      with_rows(std::min<int64_t>(kTileRows, width - o), [&](auto row_count) {
+        constexpr int R = row_count;
+        A* const at = to + o * kColumns;
+        const A* const dy = gradients + o / kBundle * kBundle * count + o % kBundle;
+        if (!first) prefetch_run(at + R * kColumns, kTileRows * kColumns);
+        Tile<A, R> tile;
+        first ? tile.clear() : tile.load(at, kColumns);
+        tile.outer_add(
+            some, [&](int64_t k) { return dy + k * kBundle; }, [&](int64_t k) { return pixels + k * kColumns; });
+        tile.store(at, kColumns);
+      });
   }
 
   void run_item(int64_t item, const Own& own) const {
@@ -153,22 +159,23 @@ struct WeightGradient : ConvWeightWork<T>, Sizes<kTile> {
   // One channel of dy, all parts.
   void finish(int64_t channel) const {
     const int64_t group = channel / s.co, o = channel % s.co;
-    A* const first = sums + group * kPoints * point() + o * row();
+    A* const first = sums + group * kPoints * point() + o * kColumns;
     T* const to = static_cast<T*>(p.dweight) + channel * s.ci * 9;
     for (int64_t part = 1; part < split.parts; part++) {
       for (int64_t i = 0; i < kPoints; i++)
-        for (int64_t j = 0; j < row(); j += kColumns) {
-          A* const at = first + i * point() + j;
+        for (int64_t j = 0; j < panels; j++) {
+          A* const at = first + i * point() + j * panel();
           store<A>(at, load<A>(at, Full<A>()) + load<A>(at + part * sums_of_part(), Full<A>()), Full<A>());
         }
       bias_sums[channel] += bias_sums[part * s.groups * s.co + channel];
     }
     FiniteCheck<V> finite;
     for (int64_t j = 0; j < s.ci; j += V::size()) {
-      for (int64_t i = 0; i < kPoints; i++) __builtin_prefetch(first + i * point() + j + 4 * V::size(), 0, 3);
+      const A* const from = first + j / kColumns * panel() + j % kColumns;
+      for (int64_t i = 0; i < kPoints; i++) prefetch_run(from + i * point() + panel(), 1);
       A taps[9][V::size()];
       transform<FilterGradientTransform<kTile>, V>(
-          [&](int r, int c) { return V::loadu(first + (r * kWindow + c) * point() + j); },
+          [&](int r, int c) { return V::loadu(from + (r * kWindow + c) * point()); },
           [&](int r, int c, V v) {
             finite.see(v);
             v.store(taps[r * 3 + c]);
