@@ -67,6 +67,8 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate,
   const bool planes = !s.channels_last, forward = pass == ConvPass::kForward,
              to_weight = pass == ConvPass::kBackwardWeight;
   const bool strides = m.strides;
+  // With vectors of 16 numbers oneDNN is nearer to the peak, and a panel of 32 channels is harder to fill.
+  const bool wide_vectors = cpu::isa() == cpu::Isa::kAvx512;
   auto takes = [&](ConvAlgorithm a, bool here) {
     return here && computes(a, s, pass) && !(a == ConvAlgorithm::kDirect && m.gaps);
   };
@@ -85,7 +87,7 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate,
       const int width = std::min(s.x.in, s.x.out);
       const bool wide = width >= 20, fresh = m.results * 4 > (int64_t(32) << 20);
       const bool ahead = to_weight ? wide
-                         : forward ? fresh || (wide && s.taps() >= 49)
+                         : forward ? fresh || (wide && s.taps() >= 49 && !wide_vectors)
                                    : fresh || width >= 40 || (wide && (strides || s.taps() >= 25));
       if (takes(ConvAlgorithm::kDepthwise, planes || ahead)) return ConvAlgorithm::kDepthwise;
       if (takes(ConvAlgorithm::kDirect, to_weight && planes && width >= 12)) return ConvAlgorithm::kDirect;
@@ -98,14 +100,14 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate,
     return ConvAlgorithm::kTorch;
   }
   // So do the first layers, and LeNet's.
-  if (takes(ConvAlgorithm::kDirect, to_weight && s.ci <= 4)) return ConvAlgorithm::kDirect;
-  if (to_weight && s.ci < 16) return planes ? ConvAlgorithm::kIm2col : ConvAlgorithm::kTorch;
+  if (takes(ConvAlgorithm::kDirect, to_weight && s.ci == 1)) return ConvAlgorithm::kDirect;
+  if (to_weight && s.ci < 16) return ConvAlgorithm::kIm2col;
   if (takes(ConvAlgorithm::kDirect, planes && (m.terms <= 4 || m.made <= 4 || (m.terms <= 8 && m.made <= 8))))
     return ConvAlgorithm::kDirect;
   if (takes(ConvAlgorithm::kDirect, !planes && m.terms <= 4 && (m.made <= 8 || large || s.taps() * m.terms >= 75)))
     return ConvAlgorithm::kDirect;
   if (takes(ConvAlgorithm::kDirect, !planes && m.terms <= 16 && m.made <= 6)) return ConvAlgorithm::kDirect;
-  if (forward && planes && m.terms < 16) return ConvAlgorithm::kIm2col;
+  if (forward && planes && m.terms < 16 && !(wide_vectors && m.made <= 16)) return ConvAlgorithm::kIm2col;
   // Windows of 1x1 over planes are a product straight on the tensor, which oneDNN turns round.
   const bool pointwise = s.taps() == 1 && !strides && s.y.pad == 0 && s.x.pad == 0;
   if (planes && pointwise && !to_weight && m.made >= 16 && m.terms >= (forward ? 32 : 16) && m.pixels >= 64)
@@ -116,13 +118,13 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate,
   const bool dense = s.taps() == 9 && !strides, few = m.pixels <= 256;
   const bool many_filters = weights >= 512 * 512 && m.pixels <= 2048;
   if (planes && m.terms >= 64 && m.made >= 64 && s.taps() <= 9) {
-    if (to_weight ? (weights >= 256 * 256 && !few) || (strides && s.taps() == 1)
-                  : dense && !many_filters && !few && !(forward && s.x.out >= 20))
-      return ConvAlgorithm::kTorch;
+    if (!to_weight && dense && !many_filters && !few && !(forward && s.x.out >= 20)) return ConvAlgorithm::kTorch;
     return ConvAlgorithm::kIm2col;
   }
-  if (to_weight && !planes && s.ci >= 16) return ConvAlgorithm::kIm2col;
-  if (to_weight) return ConvAlgorithm::kTorch;
+  if (to_weight) {
+    const bool behind = planes || (wide_vectors && (s.taps() > 9 || (strides && s.taps() == 1)));
+    return behind ? ConvAlgorithm::kTorch : ConvAlgorithm::kIm2col;
+  }
   if (s.taps() == 1 && (strides ? m.terms >= 64 && m.made >= 64 : large)) return ConvAlgorithm::kIm2col;
   if (dense && many_filters && (few || s.x.out >= 7)) return ConvAlgorithm::kIm2col;
   return ConvAlgorithm::kTorch;

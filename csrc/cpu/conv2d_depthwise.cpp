@@ -3,12 +3,31 @@
 // Floor: x read and y written once.  In planes, vectors are of neighbouring pixels of a row: a channel's rows are
 // copied with zeros around them (conv2d_planes.h), a tile of results stays in registers for all taps, and a block of
 // results goes to memory in one piece.  In [pixels][channels], vectors are of neighbouring channels, a few pixels of
-// which share a tap's weights in registers.
+// which share a tap's weights in registers.  Windows of 5 or 7 without strides load what they see once for several
+// results, of rows above each other or of neighbouring pixels: loads are what they would wait for, as windows of 3 do
+// for memory.
 #include "conv2d_planes.h"
 #include "conv2d_problem.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
+
+#ifdef CPU_CAPABILITY_AVX512
+constexpr int kWindowVectors = 4, kWindowPixels = 8;
+#else
+constexpr int kWindowVectors = 2, kWindowPixels = 6;
+#endif
+constexpr int kWindowRows = 4;
+
+// f(the kernel's size as a constant), or false for another size.
+template <class F>
+inline bool with_window(int kernel, F f) {
+  switch (kernel) {
+    case 5: return f(std::integral_constant<int, 5>()), true;
+    case 7: return f(std::integral_constant<int, 7>()), true;
+    default: return false;
+  }
+}
 
 // ---- Planes ---------------------------------------------------------------------------------------------------------
 
@@ -27,7 +46,7 @@ struct DepthwisePlanes : ConvWork<T> {
   const ConvBlocks blocks;  // of one sample
   const bool streaming;
   A *weights, *bias;  // [channel][tap], [channel]
-  int64_t* offset;    // of each tap in a plane
+  int64_t* offset;    // of each tap in a plane; taps are in the order of what they see
   const ConvMemory memory;
 
   explicit DepthwisePlanes(const ConvProblem& problem)
@@ -72,12 +91,51 @@ struct DepthwisePlanes : ConvWork<T> {
       for (int i = 0; i < N; i++) this->activate_simple(sum[r][i]).store(to + r * x.out + i * kLane);
   }
 
-  void run_item(int64_t item, const Own& own) const {
-    const int64_t channel = item % groups;
-    const ConvBlock block = blocks(item / groups, n, y.out);
-    const int64_t rows = block.row_end - block.row, vectors = (x.out + kLane - 1) / kLane;
-    planes.read(static_cast<const T*>(p.in) + block.sample * this->in_layout.channels * this->in_layout.pixels,
-                this->in_layout, channel, 1, block.row, block.row_end, own.image, 0);
+  // Likewise, where each row of results sees the next row of the image.
+  template <int K, int R, int N>
+  void run_window(const A* at, int64_t channel, A* to) const {
+    V sum[R][N];
+    const V start(bias[channel]);
+    for (auto& row : sum)
+      for (auto& v : row) v = start;
+    for (int64_t column = 0; column < x.kernel; column++) {
+      const A* const w = weights + channel * taps + column;
+      const A* const from = at + offset[column];
+#pragma GCC unroll 10
+      for (int i = 0; i < R + K - 1; i++) {
+        V v[N];
+        for (int j = 0; j < N; j++) v[j] = V::loadu(from + i * planes.row_size + j * kLane);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+          if (i < r || i - r >= K) continue;
+          const V scale(w[(i - r) * x.kernel]);
+          for (int j = 0; j < N; j++) sum[r][j] = at::vec::fmadd(scale, v[j], sum[r][j]);
+        }
+      }
+    }
+    for (int r = 0; r < R; r++)
+      for (int j = 0; j < N; j++) this->activate_simple(sum[r][j]).store(to + r * x.out + j * kLane);
+  }
+  template <int K>
+  void run_windows(int64_t rows, int64_t channel, const Own& own) const {
+    const int64_t vectors = (x.out + kLane - 1) / kLane;
+    const int64_t pieces = (vectors + kWindowVectors - 1) / kWindowVectors, piece = (vectors + pieces - 1) / pieces;
+    auto run_rows = [&](auto row_count, int64_t row) {
+      constexpr int R = row_count;
+      // From right to left: the last vector may reach into the next row.
+      for (int64_t first = (pieces - 1) * piece; first >= 0; first -= piece)
+        with_count<kWindowVectors>(std::min(piece, vectors - first), [&](auto count) {
+          this->template run_window<K, R, count>(own.image + row * planes.row_size + first * kLane, channel,
+                                                 own.results + row * x.out + first * kLane);
+        });
+    };
+    int64_t row = 0;
+    for (; row + kWindowRows <= rows; row += kWindowRows) run_rows(std::integral_constant<int, kWindowRows>(), row);
+    for (; row < rows; row++) run_rows(std::integral_constant<int, 1>(), row);
+  }
+
+  void run_tiles(int64_t rows, int64_t channel, const Own& own) const {
+    const int64_t vectors = (x.out + kLane - 1) / kLane;
     // Rows from left to right: a tile's last vector may reach into the next row, which is written later.
     const int64_t pieces = (vectors + kTileVectors - 1) / kTileVectors, piece = (vectors + pieces - 1) / pieces;
     auto run_rows = [&](auto row_count, int64_t row) {
@@ -96,6 +154,17 @@ struct DepthwisePlanes : ConvWork<T> {
     if (piece <= 2) run_all(std::integral_constant<int, 4>());
     if (piece <= 4) run_all(std::integral_constant<int, 2>());
     run_all(std::integral_constant<int, 1>());
+  }
+
+  void run_item(int64_t item, const Own& own) const {
+    const int64_t channel = item % groups;
+    const ConvBlock block = blocks(item / groups, n, y.out);
+    const int64_t rows = block.row_end - block.row;
+    planes.read(static_cast<const T*>(p.in) + block.sample * this->in_layout.channels * this->in_layout.pixels,
+                this->in_layout, channel, 1, block.row, block.row_end, own.image, 0);
+    auto in_windows = [&](auto k) { this->template run_windows<k>(rows, channel, own); };
+    const bool follow = y.stride == 1 && y.dilation == 1;
+    if (!follow || !with_window(y.kernel, in_windows)) run_tiles(rows, channel, own);
     if (!this->simple_activation()) this->activate_all(own.results, rows * x.out);
     T* const to = static_cast<T*>(p.out) + (block.sample * groups + channel) * out_layout.pixels + block.row * x.out;
     for_packs<T>(rows * x.out, [&](int64_t i, auto count, auto again) {
@@ -107,8 +176,11 @@ struct DepthwisePlanes : ConvWork<T> {
     Arena shared = memory.shared_at(p.workspace);
     layout_shared(shared);
     for (int64_t c = 0; c < groups; c++) bias[c] = this->bias_of(c, 0);
-    for (int64_t i = 0; i < groups * taps; i++) weights[i] = A(static_cast<const T*>(p.weight)[i]);
-    for (int64_t k = 0; k < taps; k++) offset[k] = planes.offset(k / x.kernel, k % x.kernel);
+    for (int64_t k = 0; k < taps; k++) {
+      const int64_t tap = p.backward ? taps - 1 - k : k;
+      offset[k] = planes.offset(tap / x.kernel, tap % x.kernel);
+      for (int64_t c = 0; c < groups; c++) weights[c * taps + k] = A(static_cast<const T*>(p.weight)[c * taps + tap]);
+    }
     prefer_huge_pages(p.out, this->out_bytes());
     parallel(p.threads, [&](Team team) {
       Arena scratch = memory.own_at(p.workspace, team.rank);
@@ -236,7 +308,66 @@ struct DepthwisePixels : ConvWork<T> {
     for (int64_t at = std::max<int64_t>(0, y.end(row + 1)); at < end; at++) prefetch_run(pixel(n, at, begin), count);
   }
 
+  // kWindowPixels results, for each of which a row's K taps see one pixel on; rows: of the image, as far as they are
+  // inside; kEven: its pixels follow `first`, else they are where `pixels` says.
+  template <int K, bool kEven>
+  void run_window(const Seen& rows, int64_t first, const A* const* pixels, A* to) const {
+    constexpr int kSeen = kWindowPixels + K - 1;
+    for (int64_t next = 0; next < channels; next += V::size()) {
+      const int64_t c = std::min(next, channels - V::size());
+      V sum[kWindowPixels];
+      for (auto& v : sum) v = V::loadu(bias + c);
+      for (int64_t k = 0; k < rows.count; k++) {
+        V w[K];
+        for (int j = 0; j < K; j++) w[j] = V::loadu(weights + (rows.tap[k] + in_order(x, j)) * channels + c);
+        const A* const row = reinterpret_cast<const A*>(rows.at[k]) + first * channels + c;
+#pragma GCC unroll 14
+        for (int i = 0; i < kSeen; i++) {
+          const V v = V::loadu(kEven ? row + i * channels : pixels[k * kSeen + i] + c);
+#pragma GCC unroll 7
+          for (int j = 0; j < K; j++)
+            if (i - j >= 0 && i - j < kWindowPixels) sum[i - j] = at::vec::fmadd(w[j], v, sum[i - j]);
+        }
+      }
+      for (int i = 0; i < kWindowPixels; i++) {
+        A* const result = to + i * channels + c;
+        store_vector(result, this->activate_simple(sum[i]), streaming);
+        if (!this->simple_activation()) this->activate_all(result, V::size());
+      }
+    }
+  }
+  template <int K>
+  void run_windows(const Own& own, int64_t n, int64_t row, A* to) const {
+    constexpr int kSeen = kWindowPixels + K - 1;
+    Seen rows = own.even;
+    for (int ky = 0; ky < y.kernel; ky++)
+      if (const int64_t at = y.position(row, ky); at >= 0 && at < y.in)
+        rows.at[rows.count] = pixel(n, at, 0), rows.tap[rows.count++] = int64_t(ky) * K;
+    const A** const pixels = reinterpret_cast<const A**>(own.each.at);
+    for (int64_t next = 0; next < x.out; next += kWindowPixels) {
+      const int64_t i = std::min<int64_t>(next, x.out - kWindowPixels);  // the last ones with some before them
+      const int64_t first = x.position(i, in_order(x, 0));
+      prefetch_next(n, row, first, kWindowPixels);
+      if (first >= 0 && first + kSeen <= x.in) {
+        run_window<K, true>(rows, first, nullptr, to + i * channels);
+        continue;
+      }
+      for (int64_t k = 0; k < rows.count; k++)
+        for (int64_t j = 0; j < kSeen; j++) {
+          const bool inside = first + j >= 0 && first + j < x.in;
+          pixels[k * kSeen + j] = reinterpret_cast<const A*>(inside ? rows.at[k] + (first + j) * channels : zeros);
+        }
+      run_window<K, false>(rows, 0, pixels, to + i * channels);
+    }
+  }
+
   void run_row(const Own& own, int64_t n, int64_t row) const {
+    if constexpr (std::is_same_v<T, A>) {
+      const bool follow = x.stride == 1 && x.dilation == 1 && (!p.backward || y.stride == 1);
+      A* const to = static_cast<A*>(p.out) + (n * y.out + row) * x.out * channels;
+      auto in_windows = [&](auto k) { this->template run_windows<k>(own, n, row, to); };
+      if (follow && channels >= V::size() && x.out >= kWindowPixels && with_window(x.kernel, in_windows)) return;
+    }
     T* const to = static_cast<T*>(p.out) + (n * y.out + row) * x.out * channels;
     const int phase_y = y.backward ? int((row + y.pad) % y.stride) : 0;
     for (int phase_x = 0; phase_x < x.phases(); phase_x++) {

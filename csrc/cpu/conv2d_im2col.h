@@ -130,6 +130,7 @@ struct ConvView {
                        inside, to + left * pitch, pitch);
         std::fill_n(to + (left + inside) * pitch, (width - left - inside) * pitch, A(0));
       }
+    std::fill_n(to, kPanel<A>, A(0));  // which the last pixel's panels may read
   }
   // Planes' rows are too short for the hardware to see what comes next.
   void prefetch_row(int64_t n, int64_t row, int64_t column, int64_t pixels) const {

@@ -98,8 +98,8 @@ struct WeightGradient : ConvWeightWork<T> {
     for (int64_t pixel = 0; pixel < pixels; pixel++) own.x_rows[pixel] = own.columns + pixel * pitch;
   }
 
-  void add_block(const ConvBlock& block, int64_t group, int64_t slice_begin, int64_t slice_end, const Own& own, A* to,
-                 A* bias_to) const {
+  void add_block(const ConvBlock& block, bool is_first, int64_t group, int64_t slice_begin, int64_t slice_end,
+                 const Own& own, A* to, A* bias_to) const {
     ConvView<T> view(y, x, x_layout, group * s.ci, s.ci, copied, p.x, zeros, own.image, x_pitch);
     view.read(block);
     const int64_t rows = block.row_end - block.row, per_sample = rows * x.out, width = slice_end - slice_begin;
@@ -141,7 +141,7 @@ struct WeightGradient : ConvWeightWork<T> {
             const A* const dy = dy_from(o);
             prefetch_run(sums + R * kColumns, kTileRows * kColumns);
             Tile<A, R> tile;
-            tile.load(sums, kColumns);
+            is_first ? tile.clear() : tile.load(sums, kColumns);
             tile.outer_add(
                 pixels, [&](int64_t i) { return dy + i * dy_step; }, [&](int64_t i) { return x_rows[i] + begin; });
             tile.store(sums, kColumns);
@@ -164,11 +164,10 @@ struct WeightGradient : ConvWeightWork<T> {
     const int64_t width = split.slice(i + 1) - split.slice(i);
     A* const to = sums + part * sums_of_part() + group * sums_of_group() + split.slice(i) * kColumns;
     A* const bias_to = bias_sums + (part * s.groups + group) * s.co + split.slice(i);
-    for (int64_t panel = 0; panel < runs * panels; panel++)
-      std::fill_n(to + panel * sums_of_panel(), width * kColumns, A(0));
     std::fill_n(bias_to, width, A(0));
-    for (int64_t b = blocks.count * part / split.parts; b < blocks.count * (part + 1) / split.parts; b++)
-      add_block(blocks(b, s.n, y.out), group, split.slice(i), split.slice(i + 1), own, to, bias_to);
+    const int64_t first = blocks.count * part / split.parts;
+    for (int64_t b = first; b < blocks.count * (part + 1) / split.parts; b++)
+      add_block(blocks(b, s.n, y.out), b == first, group, split.slice(i), split.slice(i + 1), own, to, bias_to);
   }
 
   // One channel of dy, all parts.
@@ -183,9 +182,15 @@ struct WeightGradient : ConvWeightWork<T> {
         for (int64_t part = 1; part < split.parts; part++)
           store<A>(from, load<A>(from, Full<A>()) + load<A>(from + part * sums_of_part(), Full<A>()), Full<A>());
         const int64_t begin = panel_begin(panel), end = std::min(begin + kColumns, run_length);
-        for (int64_t j = begin; j < end; j++) {
-          const int64_t tap = s.taps() / runs * run + j / s.ci;
-          to[j % s.ci * s.weight_input() + tap * s.weight_tap()] = T(from[j - begin]);
+        for (int64_t j = begin, count; j < end; j += count) {
+          const int64_t c = j % s.ci, tap = s.taps() / runs * run + j / s.ci;
+          count = std::min(s.ci - c, end - j);
+          T* const place = to + c * s.weight_input() + tap * s.weight_tap();
+          const A* const part = from + j - begin;
+          if (s.weight_input() == 1)
+            for_packs<T>(count, [&](int64_t i, auto n, auto) { store(place + i, load<A>(part + i, n), n); });
+          else
+            for (int64_t i = 0; i < count; i++) place[i * s.weight_input()] = T(part[i]);
         }
       }
     if (p.dbias) static_cast<T*>(p.dbias)[channel] = T(bias_sums[channel]);
@@ -198,6 +203,8 @@ struct WeightGradient : ConvWeightWork<T> {
     parallel(p.threads, [&](Team team) {
       Arena scratch = memory.own_at(p.workspace, team.rank);
       const Own own(*this, scratch);
+      // Columns that fill up a panel are added up with the others, and some numbers are slow to.
+      if (gathered) std::fill_n(own.columns, blocks.samples * blocks.rows * x.out * widened(run_length), A(0));
       team.for_each(split.parts * split.slices * s.groups, [&](int64_t item) { run_item(item, own); });
       team.for_each(s.groups * s.co, [&](int64_t channel) { finish(channel); });
     });

@@ -194,6 +194,8 @@ struct WeightGradient : ConvWeightWork<T>, Sizes<kTile> {
     parallel(p.threads, [&](Team team) {
       Arena scratch = memory.own_at(p.workspace, team.rank);
       const Own own(*this, scratch);
+      // Columns that fill up a panel are added up with the others, and some numbers are slow to.
+      if (s.ci % kColumns != 0) std::fill_n(own.pixels, kPoints * pixels_point(), A(0));
       team.for_each(split.parts * split.slices * s.groups, [&](int64_t item) { run_item(item, own); });
       team.for_each(s.groups * s.co, [&](int64_t channel) { finish(channel); });
     });

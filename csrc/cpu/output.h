@@ -1,5 +1,6 @@
 // How large outputs get to memory: on huge pages, and past the caches.
 #pragma once
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 
@@ -60,6 +61,17 @@ inline void store_output(T* p, Pack<Accumulate<T>> v, Count count, Again, bool s
   }
 #endif
   store(p, v, count);
+}
+
+// One vector, likewise.
+template <class A>
+inline void store_vector(A* p, at::vec::Vectorized<A> v, bool streaming) {
+#ifdef CPU_CAPABILITY_AVX512
+  if (streaming) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), std::bit_cast<__m512i>(v));
+#elif defined(CPU_CAPABILITY_AVX2)
+  if (streaming) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), std::bit_cast<__m256i>(v));
+#endif
+  v.store(p);
 }
 
 // Before other threads may read what was streamed.
