@@ -56,6 +56,22 @@ inline ConvAlgorithm choose_without_onednn(const ConvShape& s, ConvPass pass) {
   return ConvAlgorithm::kIm2col;
 }
 
+// The gradient to the weight of what is not in groups and has no far strides: oneDNN converts planes to layouts of its
+// own, and turns channels_last weights' gradients round.
+inline ConvAlgorithm choose_to_weight(const ConvShape& s, const ConvMeasure& m, bool planes, bool wide_vectors) {
+  constexpr auto kTorch = ConvAlgorithm::kTorch, kIm2col = ConvAlgorithm::kIm2col, kDirect = ConvAlgorithm::kDirect;
+  const bool point = s.taps() == 1;
+  if (s.ci == 1) return wide_vectors && planes && s.co > 8 ? kTorch : kDirect;
+  if (s.ci < 16) {  // where oneDNN is behind but for the smallest layers
+    const bool smallest = wide_vectors ? s.co < 48 && s.ci <= (planes ? 3 : 4) : !planes && s.co <= 16 && s.taps() <= 9;
+    return smallest ? kTorch : kIm2col;
+  }
+  if (point && m.pixels <= 256) return kTorch;
+  if (wide_vectors && std::max(s.y.dilation, s.x.dilation) > 1 && s.ci >= 128) return kTorch;
+  if (planes) return s.taps() <= 9 || s.ci < 64 ? kIm2col : kTorch;
+  return wide_vectors && (s.taps() > 9 || s.ci < 24 || (m.strides && point)) ? kTorch : kIm2col;
+}
+
 // A row: an algorithm, where it is taken, and why.  The first that fits counts.  onednn: whether torch's convolution is
 // that library's for this dtype.
 inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate, bool onednn) {
@@ -99,35 +115,27 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate,
     if (planes && s.ci > 1) return ConvAlgorithm::kIm2col;
     return ConvAlgorithm::kTorch;
   }
-  // So do the first layers, and LeNet's.
-  if (takes(ConvAlgorithm::kDirect, to_weight && s.ci == 1)) return ConvAlgorithm::kDirect;
-  if (to_weight && s.ci < 16) return ConvAlgorithm::kIm2col;
-  if (takes(ConvAlgorithm::kDirect, planes && (m.terms <= 4 || m.made <= 4 || (m.terms <= 8 && m.made <= 8))))
-    return ConvAlgorithm::kDirect;
+  // So do the first layers, and LeNet's.  Far strides leave little of a line that a vector could read.
+  const bool point = s.taps() == 1;
+  if (std::max(s.y.stride, s.x.stride) > 2)
+    return forward && planes && s.taps() > 49 && !wide_vectors ? ConvAlgorithm::kIm2col : ConvAlgorithm::kTorch;
+  if (to_weight) return choose_to_weight(s, m, planes, wide_vectors);
+  const bool small = m.terms * m.made <= 128 && m.width >= 28;
+  if (takes(ConvAlgorithm::kDirect, planes && (m.terms <= 4 || m.made <= 4 || small))) return ConvAlgorithm::kDirect;
   if (takes(ConvAlgorithm::kDirect, !planes && m.terms <= 4 && (m.made <= 8 || large || s.taps() * m.terms >= 75)))
     return ConvAlgorithm::kDirect;
-  if (takes(ConvAlgorithm::kDirect, !planes && m.terms <= 16 && m.made <= 6)) return ConvAlgorithm::kDirect;
-  if (forward && planes && m.terms < 16 && !(wide_vectors && m.made <= 16)) return ConvAlgorithm::kIm2col;
+  const int64_t most = wide_vectors && small ? 8 : 6;
+  if (takes(ConvAlgorithm::kDirect, !planes && m.terms <= (m.made <= 4 ? 32 : 16) && m.made <= most))
+    return ConvAlgorithm::kDirect;
+  if (forward && planes && m.terms < 16 && (m.made >= 48 || !wide_vectors)) return ConvAlgorithm::kIm2col;
   // Windows of 1x1 over planes are a product straight on the tensor, which oneDNN turns round.
-  const bool pointwise = s.taps() == 1 && !strides && s.y.pad == 0 && s.x.pad == 0;
-  if (planes && pointwise && !to_weight && m.made >= 16 && m.terms >= (forward ? 32 : 16) && m.pixels >= 64)
-    return ConvAlgorithm::kIm2col;
-  // oneDNN converts planes to layouts of its own and back, and turns channels_last weights' gradients round; of many
-  // filters it changes the layout in every call, which shows where they meet few pixels.
-  const int64_t weights = s.ci * s.co;
-  const bool dense = s.taps() == 9 && !strides, few = m.pixels <= 256;
-  const bool many_filters = weights >= 512 * 512 && m.pixels <= 2048;
-  if (planes && m.terms >= 64 && m.made >= 64 && s.taps() <= 9) {
-    if (!to_weight && dense && !many_filters && !few && !(forward && s.x.out >= 20)) return ConvAlgorithm::kTorch;
-    return ConvAlgorithm::kIm2col;
-  }
-  if (to_weight) {
-    const bool behind = planes || (wide_vectors && (s.taps() > 9 || (strides && s.taps() == 1)));
-    return behind ? ConvAlgorithm::kTorch : ConvAlgorithm::kIm2col;
-  }
-  if (s.taps() == 1 && (strides ? m.terms >= 64 && m.made >= 64 : large)) return ConvAlgorithm::kIm2col;
-  if (dense && many_filters && (few || s.x.out >= 7)) return ConvAlgorithm::kIm2col;
-  return ConvAlgorithm::kTorch;
+  if (planes && point && !strides && s.y.pad == 0 && s.x.pad == 0 && std::min(m.made, m.terms) >= 16)
+    return m.pixels >= 256 ? ConvAlgorithm::kIm2col : ConvAlgorithm::kTorch;
+  // oneDNN converts planes to layouts of its own and back, which shows in the smaller windows.
+  const int64_t fewest = std::min(m.terms, m.made);
+  const bool ahead =
+      planes ? fewest >= 32 && (strides ? s.taps() <= 9 : s.taps() < 9) : point && (strides ? fewest >= 64 : large);
+  return ahead ? ConvAlgorithm::kIm2col : ConvAlgorithm::kTorch;
 }
 
 }  // namespace fastnorm

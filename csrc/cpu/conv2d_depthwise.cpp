@@ -340,9 +340,11 @@ struct DepthwisePixels : ConvWork<T> {
   void run_windows(const Own& own, int64_t n, int64_t row, A* to) const {
     constexpr int kSeen = kWindowPixels + K - 1;
     Seen rows = own.even;
-    for (int ky = 0; ky < y.kernel; ky++)
+    for (int i = 0; i < y.kernel; i++) {
+      const int ky = in_order(y, i);
       if (const int64_t at = y.position(row, ky); at >= 0 && at < y.in)
         rows.at[rows.count] = pixel(n, at, 0), rows.tap[rows.count++] = int64_t(ky) * K;
+    }
     const A** const pixels = reinterpret_cast<const A**>(own.each.at);
     for (int64_t next = 0; next < x.out; next += kWindowPixels) {
       const int64_t i = std::min<int64_t>(next, x.out - kWindowPixels);  // the last ones with some before them
