@@ -66,7 +66,7 @@ inline ConvAlgorithm choose_to_weight(const ConvShape& s, const ConvMeasure& m, 
     const bool smallest = wide_vectors ? s.co < 48 && s.ci <= (planes ? 3 : 4) : !planes && s.co <= 16 && s.taps() <= 9;
     return smallest ? kTorch : kIm2col;
   }
-  if (point && m.pixels <= 256) return kTorch;
+  if (point && m.pixels < 256) return kTorch;
   if (wide_vectors && std::max(s.y.dilation, s.x.dilation) > 1 && s.ci >= 128) return kTorch;
   if (planes) return s.taps() <= 9 || s.ci < 64 ? kIm2col : kTorch;
   return wide_vectors && (s.taps() > 9 || s.ci < 24 || (m.strides && point)) ? kTorch : kIm2col;
