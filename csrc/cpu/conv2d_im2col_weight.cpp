@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kPixels = 128;       // of a block
 constexpr int64_t kFewChannels = 64;   // so many side by side are no trouble for the L1 cache
+constexpr int64_t kStep = 32;          // pixels, between which a little of what comes next is fetched
 constexpr int64_t kMostColumns = 512;  // that are copied together: with them a block stays in L2
 constexpr int64_t kSideBySide = 24;    // channels of copied dy: whole tiles, and whole blocks of a transposition
 
@@ -98,8 +99,9 @@ struct WeightGradient : ConvWeightWork<T> {
     for (int64_t pixel = 0; pixel < pixels; pixel++) own.x_rows[pixel] = own.columns + pixel * pitch;
   }
 
-  void add_block(const ConvBlock& block, bool is_first, int64_t group, int64_t slice_begin, int64_t slice_end,
-                 const Own& own, A* to, A* bias_to) const {
+  // next: what comes after the block, and is fetched meanwhile; or null.
+  void add_block(const ConvBlock& block, const ConvBlock* next, bool is_first, int64_t group, int64_t slice_begin,
+                 int64_t slice_end, const Own& own, A* to, A* bias_to) const {
     ConvView<T> view(y, x, x_layout, group * s.ci, s.ci, copied, p.x, zeros, own.image, x_pitch);
     view.read(block);
     const int64_t rows = block.row_end - block.row, per_sample = rows * x.out, width = slice_end - slice_begin;
@@ -129,6 +131,16 @@ struct WeightGradient : ConvWeightWork<T> {
           }
     }
     if (gathered) gather(own, pixels);
+    PixelsAhead<T> next_x, next_dy;
+    if (next) {
+      const int64_t shares = runs * panels * ((width + kTileRows - 1) / kTileRows) * ((pixels + kStep - 1) / kStep),
+                    samples = next->sample_end - next->sample;
+      const int64_t first = std::clamp<int64_t>(y.begin(next->row), 0, y.in);
+      const int64_t last = std::clamp<int64_t>(y.end(next->row_end), first, y.in);
+      next_x = {this->x_of(next->sample), x_layout, group * s.ci, s.ci, first * x.in, last * x.in, samples, shares};
+      next_dy = {this->dy_of(next->sample), dy_layout, channel, width, next->row * x.out,
+                 next->row_end * x.out,     samples,   shares};
+    }
     for (int64_t run = 0; run < runs; run++)
       for (int64_t panel = 0; panel < panels; panel++) {
         const int64_t begin = panel_begin(panel);
@@ -142,8 +154,12 @@ struct WeightGradient : ConvWeightWork<T> {
             prefetch_run(sums + R * kColumns, kTileRows * kColumns);
             Tile<A, R> tile;
             is_first ? tile.clear() : tile.load(sums, kColumns);
-            tile.outer_add(
-                pixels, [&](int64_t i) { return dy + i * dy_step; }, [&](int64_t i) { return x_rows[i] + begin; });
+            for (int64_t i = 0; i < pixels; i += kStep) {
+              next_x.step(), next_dy.step();
+              tile.outer_add(
+                  std::min(kStep, pixels - i), [&](int64_t j) { return dy + (i + j) * dy_step; },
+                  [&](int64_t j) { return x_rows[i + j] + begin; });
+            }
             tile.store(sums, kColumns);
           });
       }
@@ -166,8 +182,11 @@ struct WeightGradient : ConvWeightWork<T> {
     A* const bias_to = bias_sums + (part * s.groups + group) * s.co + split.slice(i);
     std::fill_n(bias_to, width, A(0));
     const int64_t first = blocks.count * part / split.parts;
-    for (int64_t b = first; b < blocks.count * (part + 1) / split.parts; b++)
-      add_block(blocks(b, s.n, y.out), b == first, group, split.slice(i), split.slice(i + 1), own, to, bias_to);
+    for (int64_t b = first, end = blocks.count * (part + 1) / split.parts; b < end; b++) {
+      const ConvBlock next = blocks(b + 1, s.n, y.out);
+      add_block(blocks(b, s.n, y.out), b + 1 < end ? &next : nullptr, b == first, group, split.slice(i),
+                split.slice(i + 1), own, to, bias_to);
+    }
   }
 
   // One channel of dy, all parts.
