@@ -125,7 +125,7 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate,
   if (takes(ConvAlgorithm::kDirect, !planes && m.terms <= 4 && (m.made <= 8 || large || s.taps() * m.terms >= 75)))
     return ConvAlgorithm::kDirect;
   const int64_t most = wide_vectors && small ? 8 : 6;
-  if (takes(ConvAlgorithm::kDirect, !planes && m.terms <= (m.made <= 4 ? 32 : 16) && m.made <= most))
+  if (takes(ConvAlgorithm::kDirect, m.terms <= (m.made <= 4 ? 32 : 16) && m.made <= most))
     return ConvAlgorithm::kDirect;
   if (forward && planes && m.terms < 16 && (m.made >= 48 || !wide_vectors)) return ConvAlgorithm::kIm2col;
   // Windows of 1x1 over planes are a product straight on the tensor, which oneDNN turns round.

@@ -1,8 +1,9 @@
 // Convolution of and to few channels, and its gradient to the input; ../conv2d.h has the formulas.
 //
-// Columns of the product are neighbouring pixels of a row, read where they are; rows are channels of the result, a tile
-// of them at a time: so neither few channels to read nor few to make leave lanes or registers idle, as they do where
-// channels are side by side.  An image's rows are copied once, as conv2d_planes.h has them.
+// Columns of the product are neighbouring pixels of a row, or of two if one vector has all of a row, read where they
+// are; rows are channels of the result, a tile of them at a time: so neither few channels to read nor few to make leave
+// lanes or registers idle, as they do where channels are side by side.  An image's rows are copied once, as
+// conv2d_planes.h has them.
 //
 // Floor: n * pixels * co * ci * taps multiply-adds; a tile's steps read one vector pair and kTileRows numbers, from L1.
 #include "conv2d_planes.h"
@@ -76,7 +77,8 @@ struct Direct : ConvWork<T> {
       }
   }
 
-  // A tile's rows and its first columns to channels from `channel` on and pixels from `pixel` on.
+  // A tile's rows and its first columns, or those from another on, to channels from `channel` on and pixels from
+  // `pixel`.
   void write(const A* tile, int64_t sample, int64_t channel, int64_t rows, int64_t pixel, int64_t columns) const {
     const auto [channels, pixels, channels_last] = out_layout;
     T* const to = static_cast<T*>(p.out) + sample * channels * pixels;
@@ -98,6 +100,7 @@ struct Direct : ConvWork<T> {
     const ConvBlock block = blocks(item / groups, n, y.out);
     planes.read(static_cast<const T*>(p.in) + block.sample * in_layout.channels * in_layout.pixels, in_layout,
                 group * terms, terms, block.row, block.row_end, own.image, plane);
+    if (x.out <= V::size()) return run_rows(block, group, own);
     for (int64_t row = block.row; row < block.row_end; row++)
       for (int64_t column = 0; column < x.out; column += kColumns) {
         // The last pixels of a row are taken together with some before them, if there are.
@@ -106,19 +109,35 @@ struct Direct : ConvWork<T> {
         const A* const at = own.image + (row - block.row) * planes.row_step() + first;
         for (int64_t tile = 0; tile < row_tiles; tile++) {
           const int64_t rows = std::min<int64_t>(kTileRows, results - tile * kTileRows);
-          run_tile(group * row_tiles + tile, rows, at, own.tile);
+          run_tile(group * row_tiles + tile, rows, at, V::size(), own.tile);
           write(own.tile, block.sample, group * results + tile * kTileRows, rows, row * x.out + first, columns);
         }
       }
   }
 
-  void run_tile(int64_t packed, int64_t rows, const A* at, A* out) const {
+  // Two rows at a time, one vector of each.
+  void run_rows(const ConvBlock& block, int64_t group, const Own& own) const {
+    for (int64_t row = block.row; row < block.row_end; row += 2) {
+      const bool both = row + 1 < block.row_end;
+      const A* const at = own.image + (row - block.row) * planes.row_step();
+      for (int64_t tile = 0; tile < row_tiles; tile++) {
+        const int64_t first = tile * kTileRows, rows = std::min<int64_t>(kTileRows, results - first);
+        run_tile(group * row_tiles + tile, rows, at, both ? planes.row_step() : 0, own.tile);
+        for (int64_t i = 0; i <= both; i++)
+          write(own.tile + i * V::size(), block.sample, group * results + first, rows, (row + i) * x.out, x.out);
+      }
+    }
+  }
+
+  // half: from the first half of the columns to the second.
+  void run_tile(int64_t packed, int64_t rows, const A* at, int64_t half, A* out) const {
     const A* const w = weights + packed * depth * kTileRows;
     with_rows(rows, [&](auto row_count) {
       constexpr int R = row_count;
       Tile<A, R> tile;
       for (int r = 0; r < R; r++) tile.v[r][0] = tile.v[r][1] = V(bias[packed * kTileRows + r]);
-      tile.outer_add(depth, [&](int64_t k) { return w + k * kTileRows; }, [&](int64_t k) { return at + offset[k]; });
+      tile.outer_add(
+          depth, [&](int64_t k) { return w + k * kTileRows; }, [&](int64_t k) { return at + offset[k]; }, half);
       tile.store(out, kColumns);
     });
     if (p.activation != Activation::kNone) this->activate_all(out, rows * kColumns);

@@ -54,13 +54,13 @@ struct Tile {
     }
   }
 
-  // a(k): R numbers; b(k): kPanel numbers.
+  // a(k): R numbers; b(k): kPanel numbers, the second half of them perhaps elsewhere.
   template <class Left, class Right>
-  [[gnu::always_inline]] void outer_add(int64_t count, Left a, Right b) {
+  [[gnu::always_inline]] void outer_add(int64_t count, Left a, Right b, int64_t half = V::size()) {
     for (int64_t k = 0; k < count; k++) {
       const A* const left = a(k);
       const A* const right = b(k);
-      const V b0 = V::loadu(right), b1 = V::loadu(right + V::size());
+      const V b0 = V::loadu(right), b1 = V::loadu(right + half);
 #pragma GCC unroll 12
       for (int r = 0; r < R; r++) {
         const V scale(left[r]);

@@ -81,11 +81,7 @@ struct ConvPlanes {
   template <class T, class A>
   static void copy(const T* from, int64_t from_step, A* to, int64_t to_step, int64_t count) {
     if (from_step == 1 && to_step == 1) {
-      if constexpr (std::is_same_v<T, A>) {
-        std::memcpy(to, from, count * sizeof(A));
-      } else {
-        for_packs<T>(count, [&](int64_t i, auto lanes, auto) { store<A>(to + i, load(from + i, lanes), lanes); });
-      }
+      for_packs<T>(count, [&](int64_t i, auto lanes, auto) { store<A>(to + i, load(from + i, lanes), lanes); });
     } else if (from_step == 2 && to_step == 1) {  // which the compiler makes vectors of
       for (int64_t i = 0; i < count; i++) to[i] = A(from[2 * i]);
     } else {
