@@ -4,7 +4,8 @@
 // Planes: inputs that are a stride apart meet the same taps of successive windows, so lanes are these and every tap is
 //   one load of dy and of the offsets.  Windows that overlap reach past the ends of their rows: such rows are read from
 //   a copy with zeros around it, some rows ahead, as what was just stored cannot be loaded at another place at once.
-// Channels ([n][h][w][c]): every input pixel takes its windows' pixels, some channels at a time, in registers.
+// Channels ([n][h][w][c]): every input pixel takes its windows' pixels, some channels at a time, in registers; where
+//   windows do not overlap, every window's pixel goes to all of its inputs in the row.
 // Floor: S / stride^2 and a byte per output read, S written.
 #include <algorithm>
 
@@ -279,6 +280,43 @@ void gather_pixels(const MaxPool2dBackward& a, int64_t n, int iy, const AxisWind
   }
 }
 
+// Likewise of windows that do not overlap.
+template <int kBytes, class T>
+void scatter_pixels(const MaxPool2dBackward& a, int64_t n, int iy, const AxisWindows& y) {
+  using A = Accumulate<T>;
+  const PoolShape s = a.shape;  // a copy, as stores may change what is referred to
+  const int bytes = s.offset_bytes();
+  const Windows rows = y.of[iy];
+  T* const dx = static_cast<T*>(a.dx) + (n * s.y.in + iy) * s.x.in * s.c;
+  const bool covered = s.x.stride == s.x.kernel && s.x.pad == 0 && int64_t(s.x.out) * s.x.stride >= s.x.in;
+  if (!covered || rows.count == 0) std::fill_n(dx, s.x.in * s.c, T(0));
+  if (rows.count == 0) return;
+  const int64_t first_row = (n * s.y.out + rows.first) * s.x.out;
+  const T* const dy = static_cast<const T*>(a.dy);
+  const void* const offset = a.offset;
+  const Tap<A> first_tap = Tap<A>(rows.tap) * s.x.kernel;
+  // L channels of a window.
+  auto scatter = [&](auto lanes, int ox, int64_t channel) __attribute__((always_inline)) {
+    constexpr int L = lanes;
+    const int64_t at = (first_row + ox) * s.c + channel;
+    const auto won = load_offsets<kBytes, L, A>(offset, bytes, at);
+    const auto v = load_wide<L>(dy + at);
+    T* to = dx + (s.x.begin(ox) + s.x.first_tap(ox)) * s.c + channel;
+    for (int t = s.x.first_tap(ox); t < s.x.end_tap(ox); t++, to += s.c)
+      store_narrow<L>(to, won == lanes_of<L>(Tap<A>(first_tap + t)) ? v : Lanes<A, L>{});
+  };
+  int ox = 0;
+  // Fewer channels than lanes: what is too much lies in the next pixel, whose stores make it good.
+  auto spill = [&](auto lanes) __attribute__((always_inline)) {
+    if (!covered || s.c >= lanes || 2 * s.c <= lanes) return;
+    for (; ox + 1 < s.x.out; ox++) scatter(lanes, ox, 0);
+  };
+  spill(std::integral_constant<int, kPoolLanes>()), spill(std::integral_constant<int, kPoolLanes / 2>());
+  if constexpr (kPoolLanes > 8) spill(std::integral_constant<int, kPoolLanes / 4>());
+  for (; ox < s.x.out; ox++)
+    for_blocks(0, s.c, [&](auto lanes, int64_t i) __attribute__((always_inline)) { scatter(lanes, ox, i); });
+}
+
 }  // namespace
 
 size_t max_pool2d_backward_workspace(const MaxPool2dBackward& a) {
@@ -301,10 +339,15 @@ void max_pool2d_backward(const MaxPool2dBackward& a) {
   }
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
+    auto is_apart = [](const PoolAxis& axis) { return axis.kernel <= axis.stride && axis.dilation == 1; };
+    const bool apart = is_apart(s.y) && is_apart(s.x);
     parallel(a.threads, [&](Team team) {
       for_rows(team, s.n, s.y.in, [&](int64_t n, int begin, int end) {
         for (int iy = begin; iy < end; iy++)
-          s.offset_bytes() == 1 ? gather_pixels<1, T>(a, n, iy, y, x) : gather_pixels<0, T>(a, n, iy, y, x);
+          if (s.offset_bytes() != 1)
+            gather_pixels<0, T>(a, n, iy, y, x);
+          else
+            apart ? scatter_pixels<1, T>(a, n, iy, y) : gather_pixels<1, T>(a, n, iy, y, x);
       });
     });
   });

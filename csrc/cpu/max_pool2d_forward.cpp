@@ -358,16 +358,26 @@ void pool_pixels(const MaxPool2dForward& a, int64_t n, int oy) {
   const Winners winners(a, true);
   const PoolShape& s = winners.shape;
   const T* const x = static_cast<const T*>(a.x) + (n * s.y.in + s.y.begin(oy)) * s.x.in * s.c;
-  for (int ox = 0; ox < s.x.out; ox++) {
-    const T* const window = x + int64_t(s.x.begin(ox)) * s.c;
-    const int64_t to = ((n * s.y.out + oy) * s.x.out + ox) * s.c;
+  auto pool = [&](auto lanes, auto vectors, int ox, int place, int64_t c) __attribute__((always_inline)) {
+    pool_channels<lanes, vectors, kTaps>(a, winners, x + int64_t(s.x.begin(ox)) * s.c + c, oy, ox, place,
+                                         ((n * s.y.out + oy) * s.x.out + ox) * s.c + c);
+  };
+  constexpr std::integral_constant<int, 1> one;
+  int ox = 0;
+  // Fewer channels than lanes: what is too much lies in the next pixel, whose stores make it good.
+  auto spill = [&](auto lanes) __attribute__((always_inline)) {
+    const bool at_end = n == s.n - 1 && position(s.y, oy, s.y.end_tap(oy) - 1) == s.y.in - 1;
+    if (at_end || s.c >= lanes || 2 * s.c <= lanes) return;
+    for (; ox + 1 < s.x.out; ox++) pool(lanes, one, ox, winners.place(oy, ox), 0);
+  };
+  spill(std::integral_constant<int, L>()), spill(std::integral_constant<int, L / 2>());
+  if constexpr (L > 8) spill(std::integral_constant<int, L / 4>());
+  for (; ox < s.x.out; ox++) {
     const int place = winners.place(oy, ox);
     int64_t c = 0;
     for (; c + kVectors * L <= s.c; c += kVectors * L)
-      pool_channels<L, kVectors, kTaps>(a, winners, window + c, oy, ox, place, to + c);
-    for_blocks(c, s.c, [&](auto lanes, int64_t i) {
-      pool_channels<decltype(lanes)::value, 1, kTaps>(a, winners, window + i, oy, ox, place, to + i);
-    });
+      pool(std::integral_constant<int, L>(), std::integral_constant<int, kVectors>(), ox, place, c);
+    for_blocks(c, s.c, [&](auto lanes, int64_t i) __attribute__((always_inline)) { pool(lanes, one, ox, place, i); });
   }
 }
 

@@ -30,6 +30,16 @@ template <int L, class V>
 [[gnu::always_inline]] inline Lanes<uint8_t, L> lowest_bytes(V v) {
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (sizeof(V) == 64 && L == 16) return Lanes<uint8_t, L>(_mm512_cvtepi32_epi8((__m512i)v));
+  if constexpr (sizeof(V) == 4 * L && (L == 8 || L == 4)) {
+    __m128i all;
+    if constexpr (L == 8)
+      all = _mm256_cvtepi32_epi8((__m256i)v);
+    else
+      all = _mm_cvtepi32_epi8((__m128i)v);
+    Lanes<uint8_t, L> bytes;
+    std::memcpy(&bytes, &all, sizeof(bytes));
+    return bytes;
+  }
 #elif defined(CPU_CAPABILITY_AVX2)
   if constexpr (sizeof(V) == 32 && L == 8) {
     constexpr int kZero = -1;
@@ -68,7 +78,8 @@ template <class Wide, int L>
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (sizeof(Wide) == 4 && L == 16)
     return Lanes<Wide, L>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#elif defined(CPU_CAPABILITY_AVX2)
+#endif
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   if constexpr (sizeof(Wide) == 4 && L == 8)
     return Lanes<Wide, L>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   if constexpr (sizeof(Wide) == 4 && L == 4) {

@@ -37,14 +37,12 @@ template <class T, class V>
 }
 
 // f(L, i) for blocks that cover [begin, end), the last of which may overlap the one before.
-template <class F>
+template <int L = kPoolLanes, class F>
 [[gnu::always_inline]] inline void for_blocks(int64_t begin, int64_t end, F f) {
-  constexpr int L = kPoolLanes, kHalf = L / 2;
-  const int64_t n = end - begin;
-  if (n >= L) {
+  if (end - begin >= L) {
     for (int64_t i = begin; i < end; i += L) f(std::integral_constant<int, L>(), std::min(i, end - L));
-  } else if (n >= kHalf) {
-    for (int64_t i = begin; i < end; i += kHalf) f(std::integral_constant<int, kHalf>(), std::min(i, end - kHalf));
+  } else if constexpr (L > 4) {
+    for_blocks<L / 2>(begin, end, f);
   } else {
     for (int64_t i = begin; i < end; i++) f(std::integral_constant<int, 1>(), i);
   }
