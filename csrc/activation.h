@@ -67,6 +67,13 @@ FASTNORM_HOST_DEVICE T sigmoid(T z) {
   return M::set(1) / (M::set(1) + M::exp(M::set(0) - z));
 }
 
+// gelu_tanh is z (1 + tanh u) / 2 = z sigmoid(2 u); 2 u of z.
+template <class T>
+FASTNORM_HOST_DEVICE T gelu_tanh_inner(T z) {
+  using M = Math<T>;
+  return M::set(2 * kSqrtTwoOverPi) * (z + M::set(kGeluCubic) * z * z * z);
+}
+
 // activation(z); slope is leaky_relu's.
 template <class T>
 FASTNORM_HOST_DEVICE T activate(Activation activation, T z, T slope) {
@@ -82,8 +89,7 @@ FASTNORM_HOST_DEVICE T activate(Activation activation, T z, T slope) {
     case Activation::kTanh: return M::tanh(z);
     case Activation::kSilu: return z / (one + M::exp(zero - z));
     case Activation::kGelu: return z * half * (one + M::erf(z * M::set(kSqrtHalf)));
-    case Activation::kGeluTanh:
-      return z * half * (one + M::tanh(M::set(kSqrtTwoOverPi) * (z + M::set(kGeluCubic) * z * z * z)));
+    case Activation::kGeluTanh: return z * sigmoid(gelu_tanh_inner(z));
     case Activation::kHardswish: {  // z * relu6(z + 3) / 6
       const T shifted = M::relu(z + M::set(3));
       return z * M::select(M::less(M::set(6), shifted), M::set(6), shifted) * M::set(1.0 / 6);
@@ -119,9 +125,8 @@ FASTNORM_HOST_DEVICE T activation_gradient(Activation activation, T z, T slope) 
     case Activation::kGelu:
       return half * (one + M::erf(z * M::set(kSqrtHalf))) + z * M::exp(M::set(-0.5) * z * z) * M::set(kInvSqrtTwoPi);
     case Activation::kGeluTanh: {
-      const T t = M::tanh(M::set(kSqrtTwoOverPi) * (z + M::set(kGeluCubic) * z * z * z));
-      const T inner = M::set(kSqrtTwoOverPi) * (one + M::set(3 * kGeluCubic) * z * z);
-      return half * (one + t) + half * z * (one - t * t) * inner;
+      const T s = sigmoid(gelu_tanh_inner(z));
+      return s + z * s * (one - s) * M::set(2 * kSqrtTwoOverPi) * (one + M::set(3 * kGeluCubic) * z * z);
     }
     case Activation::kHardswish:
       return M::select(M::less(z, M::set(-3)), zero,

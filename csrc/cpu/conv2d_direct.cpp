@@ -23,8 +23,9 @@ struct Direct : ConvWork<T> {
 
   const int64_t row_tiles, depth;  // depth: terms of a sum
   const ConvPlanes planes;
-  const ConvBlocks blocks;  // of one sample
-  const int64_t plane;      // of a block's copy: a channel
+  const ConvBlocks blocks;        // of one sample
+  const int64_t plane;            // of a block's copy: a channel
+  const int64_t bundle, bundles;  // groups of a work item: in channels_last their results share cache lines
   const bool streaming;
   A *weights, *bias;
   int64_t* offset;  // of each term in the copy, from the first row and pixel that a result sees
@@ -37,6 +38,8 @@ struct Direct : ConvWork<T> {
         planes(p.shape, p.backward, kColumns),
         blocks(n, y.out, x.out, std::min(kPixels, out_layout.pixels)),
         plane(planes.plane(blocks.rows)),
+        bundle(p.shape.channels_last ? std::clamp<int64_t>(64 / (results * int64_t(sizeof(T))), 1, groups) : 1),
+        bundles((groups + bundle - 1) / bundle),
         streaming(!p.shape.channels_last && x.out % kColumns == 0 && this->streams_runs(x.out)),
         memory(*this) {}
 
@@ -96,8 +99,12 @@ struct Direct : ConvWork<T> {
   }
 
   void run_item(int64_t item, const Own& own) const {
-    const int64_t group = item % groups;
-    const ConvBlock block = blocks(item / groups, n, y.out);
+    const ConvBlock block = blocks(item / bundles, n, y.out);
+    const int64_t first = item % bundles * bundle;
+    for (int64_t group = first; group < std::min(first + bundle, groups); group++) run_group(block, group, own);
+  }
+
+  void run_group(const ConvBlock& block, int64_t group, const Own& own) const {
     planes.read(static_cast<const T*>(p.in) + block.sample * in_layout.channels * in_layout.pixels, in_layout,
                 group * terms, terms, block.row, block.row_end, own.image, plane);
     if (x.out <= V::size()) return run_rows(block, group, own);
@@ -152,7 +159,7 @@ struct Direct : ConvWork<T> {
       Arena scratch = memory.own_at(p.workspace, team.rank);
       const Own own(*this, scratch);
       std::fill_n(own.image, terms * plane, A(0));
-      team.for_each(blocks.count * groups, [&](int64_t item) { run_item(item, own); });
+      team.for_each(blocks.count * bundles, [&](int64_t item) { run_item(item, own); });
     });
   }
 };

@@ -25,6 +25,7 @@ constexpr int64_t kResults = 128;  // channels that are worked on together
 constexpr int64_t kMostTerms = 96;
 
 // Tiles of a block: each block reads all filters once more, and transforms them where they are too many for the cache.
+// Several threads, each with blocks of its own, would do so more often.
 constexpr int64_t kManyFilters = int64_t(4) << 20, kMostFilters = int64_t(12) << 20;  // bytes
 // Of so few tiles, pixels come from the L3 cache for each panel sooner than filters do from there once more.
 constexpr int64_t kFewTiles = 96, kDepth = 128;  // kDepth: terms of a panel's filters in the L2 cache
@@ -57,7 +58,7 @@ struct Product : ConvWork<T>, Sizes<kTile> {
       : Work(problem),
         pitch(spread(terms)),
         tiles(n, y.out, x.out, tiles_together<kTile>(packed_bytes(), p.threads)),
-        on_the_fly(!p.packed && (tiles.blocks.count == 1 || packed_bytes() > kMostFilters)),
+        on_the_fly(!p.packed && (tiles.blocks.count == 1 || packed_bytes() > kMostFilters * (p.threads > 1 ? 4 : 1))),
         streaming(Work::streaming()),
         by_depth(on_the_fly && tiles.most() <= same_points<kTile>(kFewTiles)),
         chain(kTile == 2 ? equal_part(terms, kMostTerms) : terms),

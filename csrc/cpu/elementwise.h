@@ -41,10 +41,10 @@ inline uint32_t relu_bits(Pack<A> z) {
   return less_equal(z, Pack<A>(A(0))).unset_bits();
 }
 
-// y = activation(z).  mask: the bits of a two-slope activation, or null.
+// y = activation(z), which z is afterwards too.  mask: the bits of a two-slope activation, or null.
 template <class T>
-void store_activated(Activation activation, double negative_slope, const Accumulate<T>* z, T* y, int64_t len,
-                     uint8_t* mask, bool streaming);
+void store_activated(Activation activation, double negative_slope, Accumulate<T>* z, T* y, int64_t len, uint8_t* mask,
+                     bool streaming);
 
 // ---- Backward -------------------------------------------------------------------------------------------------------
 

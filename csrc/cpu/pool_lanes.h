@@ -79,12 +79,17 @@ template <int L, class T>
     using Bits = Lanes<uint32_t, L>;
     const Bits bits = __builtin_convertvector(load_lanes<L>(reinterpret_cast<const uint16_t*>(p)), Bits) << 16;
     return Lanes<float, L>(bits);
-  } else if constexpr (L == kPoolLanes) {
-    float v[2 * L];
-    const auto [a, b] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(p, L));
-    a.store(v), b.store(v + L);
-    return load_lanes<L>(v);
   } else {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+    if constexpr (L == 8) return Lanes<float, L>(_mm256_cvtph_ps(__m128i(load_lanes<8>((const int16_t*)p))));
+    if constexpr (L == 4) {
+      const auto low = load_lanes<4>((const int16_t*)p);
+      return Lanes<float, L>(_mm_cvtph_ps(__m128i(__builtin_shufflevector(low, low, 0, 1, 2, 3, 0, 1, 2, 3))));
+    }
+#endif
+#ifdef CPU_CAPABILITY_AVX512
+    if constexpr (L == 16) return Lanes<float, L>(_mm512_cvtph_ps(__m256i(load_lanes<16>((const int16_t*)p))));
+#endif
     Lanes<float, L> v;
     for (int i = 0; i < L; i++) v[i] = float(p[i]);
     return v;
@@ -123,13 +128,23 @@ template <int L, class T>
 [[gnu::always_inline]] inline void store_narrow(T* p, Lanes<Accumulate<T>, L> v) {
   if constexpr (std::is_same_v<T, Accumulate<T>>) {
     store_lanes(p, v);
-  } else if constexpr (L == kPoolLanes) {
-    using V = at::vec::Vectorized<float>;
-    float from[L];
-    store_lanes(from, v);
-    const auto narrow = at::vec::convert_from_float<T>(V::loadu(from), V(0.f));
-    narrow.store(p, L);
+  } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    using Bits = Lanes<uint32_t, L>;
+    const Bits bits = Bits(v), rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;  // to the nearest, or to even
+    const Bits kept = v == v ? rounded : lanes_of<L>(0x7fc0u);
+    store_lanes(reinterpret_cast<uint16_t*>(p), __builtin_convertvector(kept, Lanes<uint16_t, L>));
   } else {
+    [[maybe_unused]] constexpr int kNearest = 0;
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+    if constexpr (L == 8) return store_lanes(p, _mm256_cvtps_ph(__m256(v), kNearest));
+    if constexpr (L == 4) {
+      const __m128i narrow = _mm_cvtps_ph(__m128(v), kNearest);
+      return void(std::memcpy(p, &narrow, 8));
+    }
+#endif
+#ifdef CPU_CAPABILITY_AVX512
+    if constexpr (L == 16) return store_lanes(p, _mm512_cvtps_ph(__m512(v), kNearest));
+#endif
     for (int i = 0; i < L; i++) p[i] = T(v[i]);
   }
 }
