@@ -33,8 +33,8 @@ struct View {
     int64_t dense = 1;  // the stride that the next dimension has if nothing lies between
     std::optional<int64_t> gap;
     for (int64_t i = 0, dims = t.dim(); i < dims; i++) {
-      const int64_t rows_d = i == 0 ? 1 : i == dims - 1 ? 0 : dims - i;  // from the inside out
-      const int64_t d = channels_last ? rows_d : dims - 1 - i;
+      const int64_t of_rows = i == 0 ? 1 : i == dims - 1 ? 0 : dims - i;  // from the inside out
+      const int64_t d = channels_last ? of_rows : dims - 1 - i;
       if (t.size(d) == 1) continue;
       if (!gap && (channels_last ? i > 0 : d == 0)) gap = t.stride(d) - dense, dense = t.stride(d);
       if (t.stride(d) != dense) return std::nullopt;

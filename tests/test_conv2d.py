@@ -32,7 +32,8 @@ CASES = {
     "groups": ((2, 6, 7, 8), (9, 2, 3, 3), 1, 1, 1, 3),
     "depthwise": ((2, 9, 8, 10), (9, 1, 3, 3), 1, 1, 1, 9),
     "depthwise s2, twice as many": ((2, 4, 9, 9), (8, 1, 5, 5), 2, 2, 1, 4),
-    "depthwise 7x7": ((1, 16, 9, 12), (16, 1, 7, 7), 1, 3, 1, 16),
+    "depthwise 7x7": ((1, 19, 9, 41), (19, 1, 7, 7), 1, 3, 1, 19),
+    "depthwise 5x5, long rows": ((1, 20, 6, 75), (20, 1, 5, 5), 1, 2, 1, 20),
     "depthwise, long rows": ((2, 20, 5, 75), (20, 1, 3, 3), 1, 1, 1, 20),
     "depthwise s2, long rows": ((1, 37, 9, 70), (37, 1, 3, 5), (1, 2), (1, 2), (2, 1), 37),
     "groups, long rows": ((2, 6, 4, 50), (9, 2, 3, 3), 1, 1, 1, 3),
@@ -311,7 +312,7 @@ def test_long_sums_are_as_exact_as_torchs(layout, kernel, channels):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mean", [0.0, 10.0, 1e4])
-@pytest.mark.parametrize("channels, size", [(64, 12), (512, 7)])
+@pytest.mark.parametrize("channels, size", [(64, 12), (128, 14), (512, 7)])
 def test_winograd_2x2_is_as_exact_as_torchs(layout, mean, channels, size):
     """Within twice the error of torch's convolution, and mostly better, whatever the mean."""
 
