@@ -212,7 +212,7 @@ struct DepthwisePixels : ConvWork<T> {
       : Work(problem),
         channels(Work::groups),
         taps(p.shape.taps()),
-        streaming(this->streams_runs(channels)),
+        streaming(this->simple_activation() && this->streams_runs(channels)),
         memory(*this) {}
 
   void layout_shared(Arena& s) {

@@ -14,26 +14,39 @@
 
 namespace fastnorm {
 
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+// e^v = 2^n (1 + rest), n whole and |rest| at most about sqrt(2) - 1; NaN passes.
+template <class V>
+struct ExpParts {
+  V n, rest;
+
+  ExpParts(V v, float lowest) {
+    using at::vec::fmadd;
+    // v = n ln 2 + r with |r| <= ln 2 / 2; the upper bound leads to infinity.
+    v = at::vec::clamp(v, V(lowest), V(89.f));
+    n = (v * V(1.44269504f)).round();
+    const V r = fmadd(n, V(1.90465421e-9f), fmadd(n, V(-0.693147182f), v));
+    // e^r = 1 + r + r^2 q(r), q by a minimax fit: 3e-9
+    V q = fmadd(V(1.38145394e-3f), r, V(8.36874545e-3f));
+    q = fmadd(fmadd(fmadd(q, r, V(4.16683890e-2f)), r, V(0.166665211f)), r, V(0.49999994f));
+    rest = fmadd(q, r * r, r);
+  }
+};
+#endif
+
 // e^v, for float32 to within 1 unit in the last place.  ATen's calls a library function for each vector, around which
 // all registers are saved, and takes twice as long.
 template <class V>
 inline V exp(V v) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   if constexpr (std::is_same_v<V, at::vec::Vectorized<float>>) {
-    using at::vec::fmadd;
-    // v = n ln 2 + r with |r| <= ln 2 / 2; the bounds lead to 0 and to infinity, and NaN passes.
-    v = at::vec::clamp(v, V(-104.f), V(89.f));
-    const V n = (v * V(1.44269504f)).round();
-    const V r = fmadd(n, V(1.90465421e-9f), fmadd(n, V(-0.693147182f), v));
-    // e^r = 1 + r + r^2 q(r), q by a minimax fit: 3e-9
-    V q = fmadd(V(1.38145394e-3f), r, V(8.36874545e-3f));
-    q = fmadd(fmadd(fmadd(q, r, V(4.16683890e-2f)), r, V(0.166665211f)), r, V(0.49999994f));
-    const V power = fmadd(q, r * r, r) + V(1.f);
+    const ExpParts<V> e(v, -104.f);  // which leads to 0
+    const V power = e.rest + V(1.f);
 #ifdef CPU_CAPABILITY_AVX512
-    return _mm512_scalef_ps(power, n);
+    return _mm512_scalef_ps(power, e.n);
 #else
     // 2^n as a product of two, each of which has an exponent field.
-    const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
+    const __m256i whole = _mm256_cvtps_epi32(e.n), half = _mm256_srai_epi32(whole, 1);
     auto two_to = [](__m256i i) {
       return V(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(i, _mm256_set1_epi32(127)), 23)));
     };
@@ -49,21 +62,15 @@ template <class V>
 inline V expm1(V v) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   if constexpr (std::is_same_v<V, at::vec::Vectorized<float>>) {
-    using at::vec::fmadd;
-    // As exp(); of 2^n only half, which has an exponent field for all n up to infinity's.
-    v = at::vec::clamp(v, V(-18.f), V(89.f));
-    const V n = (v * V(1.44269504f)).round();
-    const V r = fmadd(n, V(1.90465421e-9f), fmadd(n, V(-0.693147182f), v));
-    V q = fmadd(V(1.38145394e-3f), r, V(8.36874545e-3f));
-    q = fmadd(fmadd(fmadd(q, r, V(4.16683890e-2f)), r, V(0.166665211f)), r, V(0.49999994f));
-    const V power = fmadd(q, r * r, r);  // e^r - 1
+    const ExpParts<V> e(v, -18.f);  // which leads to -1
+                                    // Half of 2^n has an exponent field for all n up to infinity's.
 #ifdef CPU_CAPABILITY_AVX512
-    const V half = _mm512_scalef_ps(V(0.5f), n);
+    const V half = _mm512_scalef_ps(V(0.5f), e.n);
 #else
-    const __m256i whole = _mm256_cvtps_epi32(n);
+    const __m256i whole = _mm256_cvtps_epi32(e.n);
     const V half = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(whole, _mm256_set1_epi32(126)), 23));
 #endif
-    const V sum = fmadd(power, half, half - V(0.5f));
+    const V sum = at::vec::fmadd(e.rest, half, half - V(0.5f));
     return sum + sum;
   }
 #endif
