@@ -42,8 +42,7 @@ struct BatchNormForward {
   bool cumulative;      // running averages over all batches, factor 1 / num_batches_tracked, instead of momentum
   double momentum, eps, negative_slope;
   Activation activation;
-  int64_t
-      x_gap;  // elements between two samples of x or, channels_last, two pixels; not 0 only on the CPU, not training
+  int64_t x_gap;  // elements between two samples of x or, channels_last, two pixels: on the CPU, not training; or 0
   const void* x;
   const void* residual;          // or null
   const void* weight;            // [c] or null: 1

@@ -80,8 +80,7 @@ struct Direct : ConvWork<T> {
       }
   }
 
-  // A tile's rows and its first columns, or those from another on, to channels from `channel` on and pixels from
-  // `pixel`.
+  // Of a tile's rows the columns from `tile` on, to channels from `channel` on and pixels from `pixel` on.
   void write(const A* tile, int64_t sample, int64_t channel, int64_t rows, int64_t pixel, int64_t columns) const {
     const auto [channels, pixels, channels_last] = out_layout;
     T* const to = static_cast<T*>(p.out) + sample * channels * pixels;

@@ -131,15 +131,16 @@ struct WeightGradient : ConvWeightWork<T> {
           }
     }
     if (gathered) gather(own, pixels);
-    PixelsAhead<T> next_x, next_dy;
+    FetchAhead<T> next_x, next_dy;
     if (next) {
       const int64_t shares = runs * panels * ((width + kTileRows - 1) / kTileRows) * ((pixels + kStep - 1) / kStep),
                     samples = next->sample_end - next->sample;
       const int64_t first = std::clamp<int64_t>(y.begin(next->row), 0, y.in);
       const int64_t last = std::clamp<int64_t>(y.end(next->row_end), first, y.in);
-      next_x = {this->x_of(next->sample), x_layout, group * s.ci, s.ci, first * x.in, last * x.in, samples, shares};
-      next_dy = {this->dy_of(next->sample), dy_layout, channel, width, next->row * x.out,
-                 next->row_end * x.out,     samples,   shares};
+      next_x = fetch_pixels(this->x_of(next->sample), x_layout, group * s.ci, s.ci, first * x.in, last * x.in, samples,
+                            shares);
+      next_dy = fetch_pixels(this->dy_of(next->sample), dy_layout, channel, width, next->row * x.out,
+                             next->row_end * x.out, samples, shares);
     }
     for (int64_t run = 0; run < runs; run++)
       for (int64_t panel = 0; panel < panels; panel++) {

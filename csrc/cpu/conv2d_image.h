@@ -19,38 +19,42 @@ inline void prefetch_run(const T* p, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, 0, 2);
 }
 
-// Fetches to the L2 cache, in shares, what read_pixels() is going to read.
 template <class T>
-struct PixelsAhead {
-  const T* p = nullptr;
-  int64_t runs = 0, length = 0, apart = 0;  // runs of numbers in memory
-  int64_t share = 0, at = 0;                // lines of a share; how far into a run
+constexpr int64_t kLine = 64 / sizeof(T);
 
-  PixelsAhead() = default;
-  // The channels [c0, c0 + c) of the pixels [begin, end) of a sample, or of all pixels of `samples`.
-  PixelsAhead(const T* sample, const ImageLayout& s, int64_t c0, int64_t c, int64_t begin, int64_t end, int64_t samples,
-              int64_t shares)
-      : p(sample + (s.channels_last ? begin * s.channels + c0 : c0 * s.pixels + begin)) {
-    if (samples > 1 || (s.channels_last && c == s.channels)) {  // in groups, more than is read
-      runs = 1, length = (samples - 1) * s.pixels * s.channels + (end - begin) * s.channels;
-    } else {
-      runs = s.channels_last ? end - begin : c;
-      length = s.channels_last ? c : end - begin, apart = s.channels_last ? s.channels : s.pixels;
-    }
-    const int64_t lines = runs * ((length + kLine - 1) / kLine);
+// Fetches runs of numbers to the L2 cache in shares, one in each step().
+template <class T>
+struct FetchAhead {
+  const T* p = nullptr;
+  int64_t runs = 0, length = 0, apart = 0;
+  int64_t share = 0, at = 0;  // lines of a share; how far into a run
+
+  FetchAhead() = default;
+  FetchAhead(const T* p, int64_t length, int64_t shares, int64_t runs = 1, int64_t apart = 0)
+      : p(p), runs(runs), length(length), apart(apart) {
+    const int64_t lines = runs * ((length + kLine<T> - 1) / kLine<T>);
     share = (lines + shares - 1) / std::max<int64_t>(shares, 1);
   }
   void step() {
     for (int64_t i = 0; i < share && runs > 0; i++) {
       __builtin_prefetch(p + at, 0, 2);
-      at += kLine;
+      at += kLine<T>;
       if (at >= length) at = 0, p += apart, runs--;
     }
   }
-
- private:
-  static constexpr int64_t kLine = 64 / sizeof(T);
 };
+
+// What read_pixels() is going to read: the channels [c0, c0 + c) of the pixels [begin, end) of a sample, or, in groups
+// more than those, of all pixels of `samples`.
+template <class T>
+inline FetchAhead<T> fetch_pixels(const T* sample, const ImageLayout& s, int64_t c0, int64_t c, int64_t begin,
+                                  int64_t end, int64_t samples, int64_t shares) {
+  const T* const first = sample + (s.channels_last ? begin * s.channels + c0 : c0 * s.pixels + begin);
+  if (samples > 1 || (s.channels_last && c == s.channels))
+    return {first, ((samples - 1) * s.pixels + end - begin) * s.channels, shares};
+  return s.channels_last ? FetchAhead<T>(first, c, shares, end - begin, s.channels)
+                         : FetchAhead<T>(first, end - begin, shares, c, s.pixels);
+}
 
 namespace image {
 

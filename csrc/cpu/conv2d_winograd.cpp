@@ -129,11 +129,11 @@ struct Product : ConvWork<T>, Sizes<kTile> {
     const int64_t some = kTile == 2 ? chain : equal_part(end - begin, kDepth), steps = (end - begin + some - 1) / some;
     for (int64_t point = 0; point < kPoints; point++) {
       const A* const pixels = own.pixels + point * pixels_point();
-      Ahead next_pixels{pixels + pixels_point(), begin == 0 ? count * pitch : 0, row_tiles * steps * width};
+      FetchAhead<A> next_pixels{pixels + pixels_point(), begin == 0 ? count * pitch : 0, row_tiles * steps * width};
       for (int64_t i = 0; i < width; i++) {
         const A* const filter = panel_filters_begin + i * panel_filters + point * filters_point();
-        Ahead next_filter{i + 1 < width ? filter + panel_filters : filter - i * panel_filters + filters_point(),
-                          (end - begin) * kColumns, row_tiles * steps};
+        FetchAhead<A> next_filter{i + 1 < width ? filter + panel_filters : filter - i * panel_filters + filters_point(),
+                                  (end - begin) * kColumns, row_tiles * steps};
         A* const to = own.products + i * kPoints * products_point() + point * products_point();
         for (int64_t k = begin; k < end; k += some)
           for (int64_t m = 0; m < count; m += kTileRows) {

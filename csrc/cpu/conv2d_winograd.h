@@ -223,22 +223,6 @@ inline int64_t spread(int64_t channels) { return (channels + 31) / 32 * 32 + 16;
 // Likewise from one point to the next: an odd number of cache lines, as a tile's points are written together.
 inline int64_t spread_points(int64_t elements) { return ((elements + 15) / 16 | 1) * 16; }
 
-template <class A>
-constexpr int64_t kLine = 64 / sizeof(A);
-
-// Fetches `count` numbers to the L2 cache in `steps` shares.
-template <class A>
-struct Ahead {
-  const A* p;
-  int64_t share;
-  Ahead(const A* p, int64_t count, int64_t steps)
-      : p(p), share((count + steps * kLine<A> - 1) / (steps * kLine<A>)*kLine<A>) {}
-  void step() {
-    for (int64_t k = 0; k < share; k += kLine<A>) __builtin_prefetch(p + k, 0, 2);
-    p += share;
-  }
-};
-
 // The transformed pixels that each tile's results see, point by point, from one of which to the next it is `point`;
 // place(tile, channel): where the first point has a vector of them.
 template <int kTile, class T, class Place>

@@ -262,16 +262,11 @@ void gather_pixels(const MaxPool2dBackward& a, int64_t n, int iy, const AxisWind
   };
   constexpr std::integral_constant<int, 1> one;
   int ix = 0;
-  // Fewer channels than lanes: what is too much lies in the next pixel, whose stores make it good.
-  auto spill = [&](auto lanes) __attribute__((always_inline)) {
-    const bool at_end = n == s.n - 1 && rows.first + (rows.count - 1) * next == s.y.out - 1;
-    if (at_end || s.c >= lanes || 2 * s.c <= lanes) return;
-    for (; ix + 1 < s.x.in; ix++) gather(lanes, one, ix, 0);
-  };
-  if constexpr (kBytes == 1) {
-    spill(std::integral_constant<int, L>()), spill(std::integral_constant<int, L / 2>());
-    if constexpr (L > 8) spill(std::integral_constant<int, L / 4>());
-  }
+  const bool at_end = n == s.n - 1 && rows.first + (rows.count - 1) * next == s.y.out - 1;
+  if (kBytes == 1 && !at_end)
+    with_spilling_lanes(s.c, [&](auto lanes) __attribute__((always_inline)) {
+      for (; ix + 1 < s.x.in; ix++) gather(lanes, one, ix, 0);
+    });
   for (; ix < s.x.in; ix++) {
     int64_t c = 0;
     for (; c + kVectors * L <= s.c; c += kVectors * L)
@@ -280,12 +275,11 @@ void gather_pixels(const MaxPool2dBackward& a, int64_t n, int iy, const AxisWind
   }
 }
 
-// Likewise of windows that do not overlap.
-template <int kBytes, class T>
+// Likewise of windows that do not overlap, with offsets of a byte.
+template <class T>
 void scatter_pixels(const MaxPool2dBackward& a, int64_t n, int iy, const AxisWindows& y) {
   using A = Accumulate<T>;
   const PoolShape s = a.shape;  // a copy, as stores may change what is referred to
-  const int bytes = s.offset_bytes();
   const Windows rows = y.of[iy];
   T* const dx = static_cast<T*>(a.dx) + (n * s.y.in + iy) * s.x.in * s.c;
   const bool covered = s.x.stride == s.x.kernel && s.x.pad == 0 && int64_t(s.x.out) * s.x.stride >= s.x.in;
@@ -299,20 +293,17 @@ void scatter_pixels(const MaxPool2dBackward& a, int64_t n, int iy, const AxisWin
   auto scatter = [&](auto lanes, int ox, int64_t channel) __attribute__((always_inline)) {
     constexpr int L = lanes;
     const int64_t at = (first_row + ox) * s.c + channel;
-    const auto won = load_offsets<kBytes, L, A>(offset, bytes, at);
+    const auto won = load_offsets<1, L, A>(offset, 1, at);
     const auto v = load_wide<L>(dy + at);
     T* to = dx + (s.x.begin(ox) + s.x.first_tap(ox)) * s.c + channel;
     for (int t = s.x.first_tap(ox); t < s.x.end_tap(ox); t++, to += s.c)
       store_narrow<L>(to, won == lanes_of<L>(Tap<A>(first_tap + t)) ? v : Lanes<A, L>{});
   };
   int ox = 0;
-  // Fewer channels than lanes: what is too much lies in the next pixel, whose stores make it good.
-  auto spill = [&](auto lanes) __attribute__((always_inline)) {
-    if (!covered || s.c >= lanes || 2 * s.c <= lanes) return;
-    for (; ox + 1 < s.x.out; ox++) scatter(lanes, ox, 0);
-  };
-  spill(std::integral_constant<int, kPoolLanes>()), spill(std::integral_constant<int, kPoolLanes / 2>());
-  if constexpr (kPoolLanes > 8) spill(std::integral_constant<int, kPoolLanes / 4>());
+  if (covered)
+    with_spilling_lanes(s.c, [&](auto lanes) __attribute__((always_inline)) {
+      for (; ox + 1 < s.x.out; ox++) scatter(lanes, ox, 0);
+    });
   for (; ox < s.x.out; ox++)
     for_blocks(0, s.c, [&](auto lanes, int64_t i) __attribute__((always_inline)) { scatter(lanes, ox, i); });
 }
@@ -347,7 +338,7 @@ void max_pool2d_backward(const MaxPool2dBackward& a) {
           if (s.offset_bytes() != 1)
             gather_pixels<0, T>(a, n, iy, y, x);
           else
-            apart ? scatter_pixels<1, T>(a, n, iy, y) : gather_pixels<1, T>(a, n, iy, y, x);
+            apart ? scatter_pixels<T>(a, n, iy, y) : gather_pixels<1, T>(a, n, iy, y, x);
       });
     });
   });

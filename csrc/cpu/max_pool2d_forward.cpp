@@ -364,14 +364,11 @@ void pool_pixels(const MaxPool2dForward& a, int64_t n, int oy) {
   };
   constexpr std::integral_constant<int, 1> one;
   int ox = 0;
-  // Fewer channels than lanes: what is too much lies in the next pixel, whose stores make it good.
-  auto spill = [&](auto lanes) __attribute__((always_inline)) {
-    const bool at_end = n == s.n - 1 && position(s.y, oy, s.y.end_tap(oy) - 1) == s.y.in - 1;
-    if (at_end || s.c >= lanes || 2 * s.c <= lanes) return;
-    for (; ox + 1 < s.x.out; ox++) pool(lanes, one, ox, winners.place(oy, ox), 0);
-  };
-  spill(std::integral_constant<int, L>()), spill(std::integral_constant<int, L / 2>());
-  if constexpr (L > 8) spill(std::integral_constant<int, L / 4>());
+  const bool at_end = n == s.n - 1 && position(s.y, oy, s.y.end_tap(oy) - 1) == s.y.in - 1;
+  if (!at_end)
+    with_spilling_lanes(s.c, [&](auto lanes) __attribute__((always_inline)) {
+      for (; ox + 1 < s.x.out; ox++) pool(lanes, one, ox, winners.place(oy, ox), 0);
+    });
   for (; ox < s.x.out; ox++) {
     const int place = winners.place(oy, ox);
     int64_t c = 0;

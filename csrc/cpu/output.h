@@ -1,6 +1,5 @@
 // How large outputs get to memory: on huge pages, and past the caches.
 #pragma once
-#include <bit>
 #include <cstddef>
 #include <cstdint>
 
@@ -38,40 +37,39 @@ inline bool streams(const void* output, int64_t run_bytes, int64_t touched_bytes
 #endif
 }
 
+// A vector's bytes, past the caches where there are such stores; both places are aligned.
+inline void stream(void* to, const void* from) {
+#if defined(CPU_CAPABILITY_AVX512)
+  _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_load_si512(from));
+#elif defined(CPU_CAPABILITY_AVX2)
+  _mm256_stream_si256(static_cast<__m256i*>(to), _mm256_load_si256(static_cast<const __m256i*>(from)));
+#else
+  std::memcpy(to, from, sizeof(at::vec::Vectorized<float>));
+#endif
+}
+
 // A pack as for_packs() gives it, by streaming stores where that is asked for and possible.
 template <class T, class Count, class Again>
 inline void store_output(T* p, Pack<Accumulate<T>> v, Count count, Again, bool streaming) {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   if constexpr (!std::is_same_v<Count, int64_t> && std::is_same_v<Again, Zero>) {
     if (streaming) {
       alignas(64) T line[kLanes<T>];  // stays in registers
       store(line, v, count);
-      constexpr int64_t kStep = at::vec::Vectorized<float>::size() * sizeof(float);
-      for (int64_t byte = 0; byte < int64_t(sizeof(line)); byte += kStep) {
-        const auto* const from = reinterpret_cast<const char*>(line) + byte;
-        auto* const to = reinterpret_cast<char*>(p) + byte;
-#ifdef CPU_CAPABILITY_AVX512
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_load_si512(from));
-#else
-        _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_load_si256(reinterpret_cast<const __m256i*>(from)));
-#endif
-      }
+      constexpr int64_t kStep = sizeof(at::vec::Vectorized<float>) / sizeof(T);
+      for (int64_t i = 0; i < kLanes<T>; i += kStep) stream(p + i, line + i);
       return;
     }
   }
-#endif
   store(p, v, count);
 }
 
 // One vector, likewise.
 template <class A>
 inline void store_vector(A* p, at::vec::Vectorized<A> v, bool streaming) {
-#ifdef CPU_CAPABILITY_AVX512
-  if (streaming) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), std::bit_cast<__m512i>(v));
-#elif defined(CPU_CAPABILITY_AVX2)
-  if (streaming) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), std::bit_cast<__m256i>(v));
-#endif
-  v.store(p);
+  if (!streaming) return v.store(p);
+  alignas(64) A line[v.size()];  // stays in registers
+  v.store(line);
+  stream(p, line);
 }
 
 // Before other threads may read what was streamed.

@@ -48,6 +48,16 @@ template <int L = kPoolLanes, class F>
   }
 }
 
+// f(L) where c channels fill more than half of L lanes and not all: what is too much lies in the next pixel, whose
+// stores make it good.
+template <int L = kPoolLanes, class F>
+[[gnu::always_inline]] inline void with_spilling_lanes(int64_t c, F f) {
+  if (c < L && 2 * c > L)
+    f(std::integral_constant<int, L>());
+  else if constexpr (L > 4)
+    with_spilling_lanes<L / 2>(c, f);
+}
+
 // A number in every lane.
 template <int L, class T>
 [[gnu::always_inline]] inline Lanes<T, L> lanes_of(T v) {

@@ -15,8 +15,7 @@ struct Rows {
 
   Rows(int64_t rows, int64_t c, bool apart = false) : c(c), total(rows * c) {
     int64_t repeat = 1;
-    while (!apart && repeat * c % kLanes<T> != 0) repeat *= 2;
-    while (!apart && repeat * c < 256) repeat *= 2;
+    while (!apart && (repeat * c % kLanes<T> != 0 || repeat * c < 256)) repeat *= 2;
     columns = std::min(repeat, rows) * c;
     const int64_t wide_rows = (total + columns - 1) / columns;
     // At most 256 chunks of at least 64k elements: enough for every thread, few enough to merge.

@@ -14,7 +14,22 @@
 
 namespace fastnorm {
 
+#if defined(CPU_CAPABILITY_AVX2) && !defined(CPU_CAPABILITY_AVX512)
+// 2^i for the i that have an exponent field.
+inline at::vec::Vectorized<float> two_to(__m256i i) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(i, _mm256_set1_epi32(127)), 23));
+}
+#endif
+
+// Whether the formulas below are for V; others are ATen's.
+template <class V>
+constexpr bool kHasFormulas =
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+    std::is_same_v<V, at::vec::Vectorized<float>>;
+#else
+    false;
+#endif
+
 // e^v = 2^n (1 + rest), n whole and |rest| at most about sqrt(2) - 1; NaN passes.
 template <class V>
 struct ExpParts {
@@ -32,14 +47,13 @@ struct ExpParts {
     rest = fmadd(q, r * r, r);
   }
 };
-#endif
 
 // e^v, for float32 to within 1 unit in the last place.  ATen's calls a library function for each vector, around which
 // all registers are saved, and takes twice as long.
 template <class V>
 inline V exp(V v) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-  if constexpr (std::is_same_v<V, at::vec::Vectorized<float>>) {
+  if constexpr (kHasFormulas<V>) {
     const ExpParts<V> e(v, -104.f);  // which leads to 0
     const V power = e.rest + V(1.f);
 #ifdef CPU_CAPABILITY_AVX512
@@ -47,9 +61,6 @@ inline V exp(V v) {
 #else
     // 2^n as a product of two, each of which has an exponent field.
     const __m256i whole = _mm256_cvtps_epi32(e.n), half = _mm256_srai_epi32(whole, 1);
-    auto two_to = [](__m256i i) {
-      return V(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(i, _mm256_set1_epi32(127)), 23)));
-    };
     return power * two_to(half) * two_to(_mm256_sub_epi32(whole, half));
 #endif
   }
@@ -61,14 +72,13 @@ inline V exp(V v) {
 template <class V>
 inline V expm1(V v) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-  if constexpr (std::is_same_v<V, at::vec::Vectorized<float>>) {
-    const ExpParts<V> e(v, -18.f);  // which leads to -1
-                                    // Half of 2^n has an exponent field for all n up to infinity's.
+  if constexpr (kHasFormulas<V>) {
+    // From -18 on down it is -1.  Half of 2^n has an exponent field for all n up to infinity's.
+    const ExpParts<V> e(v, -18.f);
 #ifdef CPU_CAPABILITY_AVX512
     const V half = _mm512_scalef_ps(V(0.5f), e.n);
 #else
-    const __m256i whole = _mm256_cvtps_epi32(e.n);
-    const V half = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(whole, _mm256_set1_epi32(126)), 23));
+    const V half = two_to(_mm256_sub_epi32(_mm256_cvtps_epi32(e.n), _mm256_set1_epi32(1)));
 #endif
     const V sum = at::vec::fmadd(e.rest, half, half - V(0.5f));
     return sum + sum;
@@ -80,21 +90,18 @@ inline V expm1(V v) {
 // tanh(v), for float32 to within 3 units in the last place.
 template <class V>
 inline V tanh(V v) {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-  if constexpr (std::is_same_v<V, at::vec::Vectorized<float>>) {
+  if constexpr (kHasFormulas<V>) {
     // (e^2v - 1) / (e^2v + 1), which is 1 from 9.02 on; NaN passes.
     const V sign = v & V(-0.f), size = at::vec::minimum(v ^ sign, V(10.f)), t = fastnorm::expm1(size + size);
     return (t / (t + V(2.f))) | sign;
   }
-#endif
   return v.tanh();
 }
 
 // erf(v), for float32 to within 2 units in the last place.
 template <class V>
 inline V erf(V v) {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-  if constexpr (std::is_same_v<V, at::vec::Vectorized<float>>) {
+  if constexpr (kHasFormulas<V>) {
     using at::vec::fmadd;
     // Near 0: v + v p(v^2); elsewhere 1 - e^q(|v|), q a fit of ln erfc, whose error counts times erfc.  NaN goes the
     // first way; erf(4) is 1.
@@ -108,7 +115,6 @@ inline V erf(V v) {
     const V far = (V(1.f) - fastnorm::exp(q)) | sign;
     return V::blendv(p, far, V(0.975f) < size);
   }
-#endif
   return v.erf();
 }
 
