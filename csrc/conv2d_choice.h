@@ -57,19 +57,27 @@ inline ConvAlgorithm choose_without_onednn(const ConvShape& s, ConvPass pass) {
 }
 
 // The gradient to the weight of what is not in groups and has no far strides: oneDNN converts planes to layouts of its
-// own, and turns channels_last weights' gradients round.
+// own, and turns channels_last weights' gradients round.  With few channels it is behind but for the smallest layers,
+// and with vectors of 16 numbers where it fills them.
 inline ConvAlgorithm choose_to_weight(const ConvShape& s, const ConvMeasure& m, bool planes, bool wide_vectors) {
   constexpr auto kTorch = ConvAlgorithm::kTorch, kIm2col = ConvAlgorithm::kIm2col, kDirect = ConvAlgorithm::kDirect;
-  const bool point = s.taps() == 1;
-  if (s.ci == 1) return wide_vectors && planes && s.co > 8 ? kTorch : kDirect;
-  if (s.ci < 16) {  // where oneDNN is behind but for the smallest layers
-    const bool smallest = wide_vectors ? s.co < 48 && s.ci <= (planes ? 3 : 4) : !planes && s.co <= 16 && s.taps() <= 9;
-    return smallest ? kTorch : kIm2col;
+  const bool point = s.taps() == 1, large_window = s.taps() > 9, long_rows = m.width >= 14;
+  if (s.ci == 1) return wide_vectors && large_window && s.co > 8 ? kTorch : kDirect;
+  if (s.ci < 16 && planes) {
+    if (wide_vectors) return s.co <= 8 && s.ci <= 6 ? kDirect : s.ci <= 3 && s.co < 48 ? kTorch : kIm2col;
+    return s.co <= 8 || (s.ci <= 3 && !large_window) ? kDirect : kIm2col;
+  }
+  if (s.ci < 16) {
+    const bool smallest = wide_vectors   ? s.co < 48 && (s.ci <= 4 || (s.co % 16 == 0 && long_rows))
+                          : large_window ? s.ci > 3 && long_rows
+                                         : s.co > 6 && s.co <= 16;
+    return point || smallest ? kTorch : kIm2col;
   }
   if (point && m.pixels < 256) return kTorch;
   if (wide_vectors && std::max(s.y.dilation, s.x.dilation) > 1 && s.ci >= 128) return kTorch;
-  if (planes) return s.taps() <= 9 || s.ci < 64 ? kIm2col : kTorch;
-  return wide_vectors && (s.taps() > 9 || s.ci < 24 || (m.strides && point)) ? kTorch : kIm2col;
+  if (planes) return !large_window || (s.ci < 64 && (s.ci >= 32 || !wide_vectors)) ? kIm2col : kTorch;
+  if (wide_vectors) return large_window || s.ci < 24 || (m.strides && point) ? kTorch : kIm2col;
+  return large_window && s.ci < 32 ? kTorch : kIm2col;
 }
 
 // A row: an algorithm, where it is taken, and why.  The first that fits counts.  onednn: whether torch's convolution is
@@ -117,24 +125,32 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate,
   }
   // So do the first layers, and LeNet's.  Far strides leave little of a line that a vector could read.
   const bool point = s.taps() == 1;
-  if (std::max(s.y.stride, s.x.stride) > 2)
-    return forward && planes && s.taps() > 49 && !wide_vectors ? ConvAlgorithm::kIm2col : ConvAlgorithm::kTorch;
+  if (std::max(s.y.stride, s.x.stride) > 2) {
+    const bool patches = s.y.kernel <= s.y.stride && s.x.kernel <= s.x.stride;
+    if (patches && s.ci < 16) return m.gaps ? ConvAlgorithm::kTorch : ConvAlgorithm::kIm2col;
+    return forward && s.ci < 16 && s.taps() > 49 && !wide_vectors ? ConvAlgorithm::kIm2col : ConvAlgorithm::kTorch;
+  }
   if (to_weight) return choose_to_weight(s, m, planes, wide_vectors);
   const bool small = m.terms * m.made <= 128 && m.width >= 28;
   if (takes(ConvAlgorithm::kDirect, planes && (m.terms <= 4 || m.made <= 4 || small))) return ConvAlgorithm::kDirect;
-  if (takes(ConvAlgorithm::kDirect, !planes && m.terms <= 4 && (m.made <= 8 || large || s.taps() * m.terms >= 75)))
-    return ConvAlgorithm::kDirect;
+  if (!planes && m.terms <= 4 && !m.gaps) {
+    if (m.made <= (wide_vectors ? 8 : 6)) return ConvAlgorithm::kDirect;
+    if (large || (!wide_vectors && s.taps() * m.terms >= 75))
+      return s.taps() == 1 || s.taps() > 9 ? ConvAlgorithm::kIm2col : ConvAlgorithm::kDirect;
+  }
   const int64_t most = wide_vectors && small ? 8 : 6;
   if (takes(ConvAlgorithm::kDirect, m.terms <= (m.made <= 4 ? 32 : 16) && m.made <= most))
     return ConvAlgorithm::kDirect;
   if (forward && planes && m.terms < 16 && (m.made >= 48 || !wide_vectors)) return ConvAlgorithm::kIm2col;
+  // Rows shorter than a vector, as LeNet's second layer has them.
+  if (forward && !planes && m.terms < 16 && s.taps() > 9 && m.width < 14) return ConvAlgorithm::kIm2col;
   // Windows of 1x1 over planes are a product straight on the tensor, which oneDNN turns round.
   if (planes && point && !strides && s.y.pad == 0 && s.x.pad == 0 && std::min(m.made, m.terms) >= 16)
     return m.pixels >= 256 ? ConvAlgorithm::kIm2col : ConvAlgorithm::kTorch;
   // oneDNN converts planes to layouts of its own and back, which shows in the smaller windows.
   const int64_t fewest = std::min(m.terms, m.made);
-  const bool ahead =
-      planes ? fewest >= 32 && (strides ? s.taps() <= 9 : s.taps() < 9) : point && (strides ? fewest >= 64 : large);
+  const bool ahead = planes ? (strides ? fewest >= 16 && s.taps() <= 9 : fewest >= 32 && s.taps() < 9)
+                            : point && (strides ? fewest >= 64 : large);
   return ahead ? ConvAlgorithm::kIm2col : ConvAlgorithm::kTorch;
 }
 

@@ -5,7 +5,7 @@
 // lanes or registers idle, as they do where channels are side by side.  An image's rows are copied once, as
 // conv2d_planes.h has them.
 //
-// Floor: n * pixels * co * ci * taps multiply-adds; a tile's steps read one vector pair and kTileRows numbers, from L1.
+// Floor: n * pixels * co * ci * taps multiply-adds; a tile's steps read one vector pair and tile_rows numbers, from L1.
 #include "conv2d_planes.h"
 #include "conv2d_problem.h"
 
@@ -21,7 +21,8 @@ struct Direct : ConvWork<T> {
   using Work::kColumns, Work::p, Work::y, Work::x, Work::n, Work::groups, Work::terms, Work::results, Work::in_layout,
       Work::out_layout;
 
-  const int64_t row_tiles, depth;  // depth: terms of a sum
+  const int64_t row_tiles, tile_rows;  // of about one size
+  const int64_t depth;                 // terms of a sum
   const ConvPlanes planes;
   const ConvBlocks blocks;        // of one sample
   const int64_t plane;            // of a block's copy: a channel
@@ -34,8 +35,9 @@ struct Direct : ConvWork<T> {
   explicit Direct(const ConvProblem& problem)
       : Work(problem),
         row_tiles((results + kTileRows - 1) / kTileRows),
+        tile_rows((results + row_tiles - 1) / row_tiles),
         depth(terms * p.shape.taps()),
-        planes(p.shape, p.backward, kColumns),
+        planes(p.shape, p.backward, std::max<int64_t>(0, (narrow() ? V::size() : kColumns) - x.out)),
         blocks(n, y.out, x.out, std::min(kPixels, out_layout.pixels)),
         plane(planes.plane(blocks.rows)),
         bundle(p.shape.channels_last ? std::clamp<int64_t>(64 / (results * int64_t(sizeof(T))), 1, groups) : 1),
@@ -43,9 +45,11 @@ struct Direct : ConvWork<T> {
         streaming(!p.shape.channels_last && x.out % kColumns == 0 && this->streams_runs(x.out)),
         memory(*this) {}
 
+  bool narrow() const { return x.out <= V::size(); }  // then a tile has two rows of pixels
+
   void layout_shared(Arena& s) {
-    weights = s.take<A>(groups * row_tiles * depth * kTileRows);
-    bias = s.take<A>(groups * row_tiles * kTileRows);
+    weights = s.take<A>(groups * row_tiles * depth * tile_rows);
+    bias = s.take<A>(groups * row_tiles * tile_rows);
     offset = s.take<int64_t>(depth);
   }
   struct Own {
@@ -53,27 +57,27 @@ struct Direct : ConvWork<T> {
 
     Own(const Direct& q, Arena& s) {
       image = s.take<A>(q.terms * q.plane);
-      tile = s.take<A>(kTileRows * kColumns);
+      tile = s.take<A>(q.tile_rows * kColumns);
     }
   };
   size_t bytes() const { return memory.bytes(p.threads); }
 
-  // weights: [group][tile][term][row of the tile], terms by tap and channel.
+  // weights: [group][tile][term][row of the tile], terms by row of the window, channel and column of the window.
   void pack() const {
     const int64_t ci = p.shape.ci, co = p.shape.co, taps = p.shape.taps();
-    for (int64_t k = 0; k < depth; k++) {
-      const int64_t tap = k % taps;
-      offset[k] = k / taps * plane + planes.offset(tap / x.kernel, tap % x.kernel);
-    }
+    auto tap_of = [&](int64_t k) { return k / (terms * x.kernel) * x.kernel + k % x.kernel; };
+    auto term_of = [&](int64_t k) { return k / x.kernel % terms; };
+    for (int64_t k = 0; k < depth; k++)
+      offset[k] = term_of(k) * plane + planes.offset(tap_of(k) / x.kernel, tap_of(k) % x.kernel);
     const T* const w = static_cast<const T*>(p.weight);
     for (int64_t tile = 0; tile < groups * row_tiles; tile++)
-      for (int64_t r = 0; r < kTileRows; r++) {
-        const int64_t group = tile / row_tiles, j = tile % row_tiles * kTileRows + r;
+      for (int64_t r = 0; r < tile_rows; r++) {
+        const int64_t group = tile / row_tiles, j = tile % row_tiles * tile_rows + r;
         const bool inside = j < results;
-        bias[tile * kTileRows + r] = this->bias_of(group, j);
+        bias[tile * tile_rows + r] = this->bias_of(group, j);
         for (int64_t k = 0; k < depth; k++) {
-          const int64_t c = k / taps, tap = k % taps, o = p.backward ? c : j, i = p.backward ? j : c;
-          weights[(tile * depth + k) * kTileRows + r] =
+          const int64_t c = term_of(k), tap = tap_of(k), o = p.backward ? c : j, i = p.backward ? j : c;
+          weights[(tile * depth + k) * tile_rows + r] =
               inside ? A(w[(group * co + o) * ci * taps + i * p.shape.weight_input() + tap * p.shape.weight_tap()])
                      : A(0);
         }
@@ -84,11 +88,8 @@ struct Direct : ConvWork<T> {
   void write(const A* tile, int64_t sample, int64_t channel, int64_t rows, int64_t pixel, int64_t columns) const {
     const auto [channels, pixels, channels_last] = out_layout;
     T* const to = static_cast<T*>(p.out) + sample * channels * pixels;
-    if (channels_last) {
-      for (int64_t j = 0; j < columns; j++)
-        for (int64_t r = 0; r < rows; r++) to[(pixel + j) * channels + channel + r] = T(tile[r * kColumns + j]);
-      return;
-    }
+    if (channels_last)
+      return image::transpose(tile, kColumns, to + pixel * channels + channel, channels, rows, columns);
     for (int64_t r = 0; r < rows; r++) {
       T* const line = to + (channel + r) * pixels + pixel;
       const A* const from = tile + r * kColumns;
@@ -103,32 +104,54 @@ struct Direct : ConvWork<T> {
     for (int64_t group = first; group < std::min(first + bundle, groups); group++) run_group(block, group, own);
   }
 
+  // Terms of a sum, those of some rows of the window.
+  struct Terms {
+    int64_t begin, end;
+
+    // ... and others, and those between them.
+    Terms operator|(const Terms& o) const { return {std::min(begin, o.begin), std::max(end, o.end)}; }
+  };
+  // What a row of results sees inside of the image.
+  Terms terms_of(int64_t row) const {
+    auto inside = [&](int ky) {
+      const int64_t at = planes.y.position(row, ky);
+      return at >= 0 && at < planes.y.in;
+    };
+    int begin = 0, end = y.kernel;
+    while (begin < end && !inside(begin)) begin++;
+    while (begin < end && !inside(end - 1)) end--;
+    return {begin * terms * x.kernel, end * terms * x.kernel};
+  }
+
   void run_group(const ConvBlock& block, int64_t group, const Own& own) const {
     planes.read(static_cast<const T*>(p.in) + block.sample * in_layout.channels * in_layout.pixels, in_layout,
                 group * terms, terms, block.row, block.row_end, own.image, plane);
-    if (x.out <= V::size()) return run_rows(block, group, own);
-    for (int64_t row = block.row; row < block.row_end; row++)
+    if (narrow()) return run_rows(block, group, own);
+    for (int64_t row = block.row; row < block.row_end; row++) {
+      const Terms seen = terms_of(row);
       for (int64_t column = 0; column < x.out; column += kColumns) {
         // The last pixels of a row are taken together with some before them, if there are.
         const int64_t first = std::max<int64_t>(0, std::min<int64_t>(column, x.out - kColumns));
         const int64_t columns = std::min<int64_t>(kColumns, x.out - first);
         const A* const at = own.image + (row - block.row) * planes.row_step() + first;
         for (int64_t tile = 0; tile < row_tiles; tile++) {
-          const int64_t rows = std::min<int64_t>(kTileRows, results - tile * kTileRows);
-          run_tile(group * row_tiles + tile, rows, at, V::size(), own.tile);
-          write(own.tile, block.sample, group * results + tile * kTileRows, rows, row * x.out + first, columns);
+          const int64_t rows = std::min(tile_rows, results - tile * tile_rows);
+          run_tile(group * row_tiles + tile, rows, seen, at, V::size(), own.tile);
+          write(own.tile, block.sample, group * results + tile * tile_rows, rows, row * x.out + first, columns);
         }
       }
+    }
   }
 
   // Two rows at a time, one vector of each.
   void run_rows(const ConvBlock& block, int64_t group, const Own& own) const {
     for (int64_t row = block.row; row < block.row_end; row += 2) {
       const bool both = row + 1 < block.row_end;
+      const Terms seen = both ? terms_of(row) | terms_of(row + 1) : terms_of(row);
       const A* const at = own.image + (row - block.row) * planes.row_step();
       for (int64_t tile = 0; tile < row_tiles; tile++) {
-        const int64_t first = tile * kTileRows, rows = std::min<int64_t>(kTileRows, results - first);
-        run_tile(group * row_tiles + tile, rows, at, both ? planes.row_step() : 0, own.tile);
+        const int64_t first = tile * tile_rows, rows = std::min(tile_rows, results - first);
+        run_tile(group * row_tiles + tile, rows, seen, at, both ? planes.row_step() : 0, own.tile);
         for (int64_t i = 0; i <= both; i++)
           write(own.tile + i * V::size(), block.sample, group * results + first, rows, (row + i) * x.out, x.out);
       }
@@ -136,14 +159,17 @@ struct Direct : ConvWork<T> {
   }
 
   // half: from the first half of the columns to the second.
-  void run_tile(int64_t packed, int64_t rows, const A* at, int64_t half, A* out) const {
-    const A* const w = weights + packed * depth * kTileRows;
+  void run_tile(int64_t packed, int64_t rows, const Terms& seen, const A* at, int64_t half, A* out) const {
+    const A* const w = weights + (packed * depth + seen.begin) * tile_rows;
+    const int64_t* const place = offset + seen.begin;
     with_rows(rows, [&](auto row_count) {
       constexpr int R = row_count;
       Tile<A, R> tile;
-      for (int r = 0; r < R; r++) tile.v[r][0] = tile.v[r][1] = V(bias[packed * kTileRows + r]);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++) tile.v[r][0] = tile.v[r][1] = V(bias[packed * tile_rows + r]);
       tile.outer_add(
-          depth, [&](int64_t k) { return w + k * kTileRows; }, [&](int64_t k) { return at + offset[k]; }, half);
+          seen.end - seen.begin, [&](int64_t k) { return w + k * tile_rows; }, [&](int64_t k) { return at + place[k]; },
+          half);
       tile.store(out, kColumns);
     });
     if (p.activation != Activation::kNone) this->activate_all(out, rows * kColumns);

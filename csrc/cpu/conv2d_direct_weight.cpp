@@ -42,7 +42,7 @@ struct DirectWeight : ConvWeightWork<T> {
 
   explicit DirectWeight(const Conv2dBackwardWeight& a)
       : Work(a),
-        planes(s, false, kLane),
+        planes(s, false, (kLane - s.x.out % kLane) % kLane),
         blocks(s.n, s.y.out, s.x.out, kPixels),
         bundle(s.channels_last ? std::clamp<int64_t>(16 / std::min(s.ci, s.co), 1, s.groups) : 1),
         bundles((s.groups + bundle - 1) / bundle),
@@ -87,46 +87,78 @@ struct DirectWeight : ConvWeightWork<T> {
     }
   }
 
-  // A tile's sums over a block, from its first channel's and first weight's on.
+  // A tile's sums over a block, from its first channel's and first weight's on.  Where a row's last vector reaches beyond
+  // the results, dy is 0, and x is what other windows see: of infinite numbers the product would be NaN.
   template <int O, int K>
   void add_tile(const ConvBlock& block, const A* x, const A* dy, const int64_t* offsets, A* to) const {
+    if (add_rows<O, K, false>(block, x, dy, offsets, to)) return;
+    for (int k = 0; k < K; k++) add_rows<O, 1, true>(block, x, dy, offsets + k, to + k * kLane);
+  }
+  // kMasked: x as 0 beyond the results; otherwise sums that are not finite are left as they were, and the answer is no.
+  template <int O, int K, bool kMasked>
+  bool add_rows(const ConvBlock& block, const A* x, const A* dy, const int64_t* offsets, A* to) const {
     V sum[O][K];
+    int64_t reach[K];
+#pragma GCC unroll 4
     for (int o = 0; o < O; o++)
+#pragma GCC unroll 9
       for (int k = 0; k < K; k++) sum[o][k] = V::loadu(to + (o * depth + k) * kLane);
-    const int64_t whole = s.x.out / kLane * kLane, rows = block.row_end - block.row;
+#pragma GCC unroll 9
+    for (int k = 0; k < K; k++) reach[k] = offsets[k];
+    const int64_t rows = block.row_end - block.row, whole = s.x.out / kLane * kLane, x_step = planes.row_step();
     const V inside = V::arange(A(0), A(1)) < V(A(s.x.out - whole));
-    for (int64_t n = 0; n < block.sample_end - block.sample; n++)
-      for (int64_t row = 0; row < rows; row++) {
-        const A* const dy_row = dy + (n * rows + row) * line;
-        const A* const x_row = x + n * plane + row * planes.row_step();
-        const A* at[K];
-        for (int k = 0; k < K; k++) at[k] = x_row + offsets[k];
-        auto step = [&](int64_t i, auto is_tail) {
+    const A* dy_row = dy;
+    for (int64_t n = 0; n < block.sample_end - block.sample; n++) {
+      const A* x_row = x + n * plane;
+      for (int64_t row = 0; row < rows; row++, x_row += x_step, dy_row += line)
+        for (int64_t i = 0; i < line; i += kLane) {
           V d[O];
+#pragma GCC unroll 4
           for (int o = 0; o < O; o++) d[o] = V::loadu(dy_row + o * dy_plane + i);
+#pragma GCC unroll 9
           for (int k = 0; k < K; k++) {
-            V v = V::loadu(at[k] + i);
-            if constexpr (is_tail) v = v & inside;  // beyond it dy is 0, but x may be infinite
+            V v = V::loadu(x_row + reach[k] + i);
+            if (kMasked && i == whole) v = v & inside;
+#pragma GCC unroll 4
             for (int o = 0; o < O; o++) sum[o][k] = at::vec::fmadd(d[o], v, sum[o][k]);
           }
-        };
-        for (int64_t i = 0; i < whole; i += kLane) step(i, std::false_type());
-        if (whole < s.x.out) step(whole, std::true_type());
-      }
+        }
+    }
+    FiniteCheck<V> finite;
+    for (int o = 0; o < O; o++) {
+      V tile_row = sum[o][0] * V(0);
+#pragma GCC unroll 9
+      for (int k = 1; k < K; k++) tile_row = at::vec::fmadd(sum[o][k], V(0), tile_row);
+      finite.see(tile_row);
+    }
+    if (!kMasked && whole < s.x.out && !finite.all()) return false;
+#pragma GCC unroll 4
     for (int o = 0; o < O; o++)
+#pragma GCC unroll 9
       for (int k = 0; k < K; k++) sum[o][k].store(to + (o * depth + k) * kLane);
+    return true;
   }
 
   void add_group(const ConvBlock& block, const A* x, const A* dy, int64_t width, A* to) const {
-    for (int64_t o = 0; o < width; o += kTileChannels)
-      with_count<kTileChannels>(std::min<int64_t>(kTileChannels, width - o), [&](auto channels) {
+    // Tiles of about one size: the smallest wait for their own sums.
+    for_shares(width, kTileChannels, [&](int64_t o, int64_t o_end) {
+      with_count<kTileChannels>(o_end - o, [&](auto channels) {
         constexpr int kMost = tile_terms(channels);
-        for (int64_t k = 0; k < depth; k += kMost)
-          with_count<kMost>(std::min<int64_t>(kMost, depth - k), [&](auto terms) {
+        for_shares(depth, kMost, [&](int64_t k, int64_t k_end) {
+          with_count<kMost>(k_end - k, [&](auto terms) {
             this->template add_tile<channels, terms>(block, x, dy + o * dy_plane, offset + k,
                                                      to + (o * depth + k) * kLane);
           });
+        });
       });
+    });
+  }
+
+  // f(begin, end) for shares of [0, count), of at most so many.
+  template <class F>
+  static void for_shares(int64_t count, int64_t most, F f) {
+    const int64_t shares = (count + most - 1) / most;
+    for (int64_t i = 0; i < shares; i++) f(count * i / shares, count * (i + 1) / shares);
   }
 
   void run_item(int64_t item, const Own& own) const {

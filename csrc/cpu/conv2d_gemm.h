@@ -22,34 +22,46 @@ constexpr int kTileRows = 12;
 constexpr int kTileRows = 6;
 #endif
 
-template <class A, int R>
+// C: vectors of a panel that are computed, the first ones.
+template <class A, int R, int C = 2>
 struct Tile {
   using V = at::vec::Vectorized<A>;
-  V v[R][2];
+  V v[R][C];
 
+  // Loops are unrolled everywhere, or the tile would be in memory between them.
+  template <class F>
+  [[gnu::always_inline]] static void each(F f) {
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+      for (int c = 0; c < C; c++) f(r, c);
+  }
   void clear() {
-    for (auto& row : v) row[0] = row[1] = V(A(0));
+    each([&](int r, int c) __attribute__((always_inline)) { v[r][c] = V(A(0)); });
   }
   void load(const A* p, int64_t pitch) {
-    for (int r = 0; r < R; r++) v[r][0] = V::loadu(p + r * pitch), v[r][1] = V::loadu(p + r * pitch + V::size());
+    each([&](int r, int c) __attribute__((always_inline)) { v[r][c] = V::loadu(p + r * pitch + c * V::size()); });
   }
   void add(const A* p, int64_t pitch) {
-    for (int r = 0; r < R; r++)
-      v[r][0] = v[r][0] + V::loadu(p + r * pitch), v[r][1] = v[r][1] + V::loadu(p + r * pitch + V::size());
+    each([&](int r, int c) __attribute__((always_inline)) {
+      v[r][c] = v[r][c] + V::loadu(p + r * pitch + c * V::size());
+    });
   }
   void store(A* p, int64_t pitch) const {
-    for (int r = 0; r < R; r++) v[r][0].store(p + r * pitch), v[r][1].store(p + r * pitch + V::size());
+    each([&](int r, int c) __attribute__((always_inline)) { v[r][c].store(p + r * pitch + c * V::size()); });
   }
 
   // rows: R pointers, each to `count` numbers.
   [[gnu::always_inline]] void multiply_add(const A* const (&rows)[R], int64_t count, const A* b) {
     for (int64_t k = 0; k < count; k++, b += kPanel<A>) {
-      const V b0 = V::loadu(b), b1 = V::loadu(b + V::size());
+      V columns[C];
+#pragma GCC unroll 2
+      for (int c = 0; c < C; c++) columns[c] = V::loadu(b + c * V::size());
 #pragma GCC unroll 12
       for (int r = 0; r < R; r++) {
         const V a(rows[r][k]);
-        v[r][0] = at::vec::fmadd(a, b0, v[r][0]);
-        v[r][1] = at::vec::fmadd(a, b1, v[r][1]);
+#pragma GCC unroll 2
+        for (int c = 0; c < C; c++) v[r][c] = at::vec::fmadd(a, columns[c], v[r][c]);
       }
     }
   }

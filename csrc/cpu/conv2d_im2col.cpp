@@ -110,28 +110,42 @@ struct Product : ConvWork<T> {
       A* const to = first + f.place[m] * pitch;
       count == kColumns ? store_output<A>(to, v, Full<A>(), Zero(), streaming) : store<A>(to, v, count);
     }
+    void put(const Phase& f, int64_t m, V v) const {  // the first half of them
+      A* const to = first + f.place[m] * pitch;
+      count >= V::size() ? v.store(to) : v.store(to, count);
+    }
   };
 
   // Results = what they start from + the products of all runs, kDepth of the terms after the other, which pass through
-  // sums.
-  void multiply_panel(const Phase& f, A* sums, const A* panel, const A* start, const Target& target) const {
+  // sums.  vectors: of the panel that have results.
+  void multiply_panel(const Phase& f, A* sums, const A* panel, const A* start, int64_t vectors,
+                      const Target& target) const {
     const int64_t length = std::min(run_length, kDepth), together = std::max<int64_t>(1, kDepth / run_length);
     auto add = [&](bool first, bool last, int64_t run, int64_t end_run, int64_t term, int64_t count) {
       const bool done = last && this->simple_activation();
       for (int64_t m = 0; m < f.pixels; m += kTileRows)
         with_rows(std::min<int64_t>(kTileRows, f.pixels - m), [&](auto row_count) {
-          constexpr int R = row_count;
-          Tile<A, R> tile;
-          first ? tile.load(start, 0) : tile.clear();
-          for (int64_t i = run; i < end_run; i++) {
-            const A* rows[R];
-            for (int r = 0; r < R; r++) rows[r] = f.rows[i * f.pixels + m + r] + term;
-            tile.multiply_add(rows, count, panel + (f.packed[i] + term) * kColumns);
-          }
-          if (!first) tile.add(sums + m * kColumns, kColumns);  // sums of their own: a longer one is less exact
-          if (!done) return tile.store(sums + m * kColumns, kColumns);
-          for (int r = 0; r < R; r++)
-            target.put(f, m + r, {this->activate_simple(tile.v[r][0]), this->activate_simple(tile.v[r][1])});
+          with_count<2>(vectors, [&](auto vector_count) {
+            constexpr int R = row_count, C = vector_count;
+            Tile<A, R, C> tile;
+            first ? tile.load(start, 0) : tile.clear();
+            for (int64_t i = run; i < end_run; i++) {
+              const A* rows[R];
+#pragma GCC unroll 12
+              for (int r = 0; r < R; r++) rows[r] = f.rows[i * f.pixels + m + r] + term;
+              tile.multiply_add(rows, count, panel + (f.packed[i] + term) * kColumns);
+            }
+            if (!first) tile.add(sums + m * kColumns, kColumns);  // sums of their own: a longer one is less exact
+            if (!done) return tile.store(sums + m * kColumns, kColumns);
+#pragma GCC unroll 12
+            for (int r = 0; r < R; r++) {
+              const V low = this->activate_simple(tile.v[r][0]);
+              if constexpr (C == 1)
+                target.put(f, m + r, low);
+              else
+                target.put(f, m + r, {low, this->activate_simple(tile.v[r][1])});
+            }
+          });
         });
       if (last && !done) finish_panel(f, sums, target);
     };
@@ -151,16 +165,17 @@ struct Product : ConvWork<T> {
   void collect(const Own& own, const ConvView<T>& view, const ConvBlock& block) const {
     const A** rows = own.rows;
     int64_t *place = own.place, *packed = own.packed;
-    auto for_pixels = [&](int phase_y, int phase_x, auto f) {
-      for (int64_t s = block.sample; s < block.sample_end; s++)
-        for (int64_t row = y.first(phase_y, block.row); row < block.row_end; row += y.phases())
-          for (int64_t column = x.first(phase_x, 0); column < x.out; column += x.phases()) f(s, row, column);
-    };
     for (int i = 0; i < y.phases() * x.phases(); i++) {
       const int phase_y = i / x.phases(), phase_x = i % x.phases();
+      const int64_t column = x.first(phase_x, 0), columns = (x.out - column + x.phases() - 1) / x.phases();
+      auto for_rows = [&](auto f) {
+        for (int64_t s = block.sample; s < block.sample_end; s++)
+          for (int64_t row = y.first(phase_y, block.row); row < block.row_end; row += y.phases()) f(s, row);
+      };
       Phase& f = own.phase[i] = {0, 0, place, packed, rows};
-      for_pixels(phase_y, phase_x, [&](int64_t s, int64_t row, int64_t column) {
-        *place++ = ((s - block.sample) * (block.row_end - block.row) + row - block.row) * x.out + column;
+      for_rows([&](int64_t s, int64_t row) {
+        const int64_t first = ((s - block.sample) * (block.row_end - block.row) + row - block.row) * x.out + column;
+        for (int64_t j = 0; j < columns; j++) *place++ = first + j * x.phases();
       });
       f.pixels = place - f.place;
       for (int ky = 0; ky < y.kernel; ky++)
@@ -168,8 +183,8 @@ struct Product : ConvWork<T> {
           if (!y.has_tap(phase_y, ky) || !x.has_tap(phase_x, kx)) continue;
           const int tap = merged && p.backward ? x.kernel - 1 : kx;  // the one that sees the first position
           *packed++ = (merged ? ky : ky * x.kernel + kx) * run_length;
-          for_pixels(phase_y, phase_x, [&](int64_t s, int64_t row, int64_t column) {
-            *rows++ = view.pixel(s, y.position(row, ky), x.position(column, tap));
+          for_rows([&](int64_t s, int64_t row) {
+            view.pixels(s, y.position(row, ky), x.position(column, tap), x.step(), columns, rows), rows += columns;
           });
         }
       f.runs = packed - f.packed;
@@ -194,7 +209,8 @@ struct Product : ConvWork<T> {
       }
       for (int i = 0; i < y.phases() * x.phases(); i++) {
         const Phase& f = own.phase[i];
-        multiply_panel(f, own.sums, weights + packed * runs * run_length * kColumns, bias + packed * kColumns, target);
+        multiply_panel(f, own.sums, weights + packed * runs * run_length * kColumns, bias + packed * kColumns,
+                       count <= V::size() ? 1 : 2, target);
       }
       if (plain) continue;
       for (int64_t s = block.sample; s < block.sample_end; s++)
@@ -213,6 +229,7 @@ struct Product : ConvWork<T> {
       team.for_each(groups * panels, [&](int64_t item) { pack_panel(item); });
       Arena scratch = memory.own_at(p.workspace, team.rank);
       const Own own(*this, scratch);
+      std::fill_n(own.sums, blocks.samples * blocks.rows * x.out * kColumns, A(0));  // half a panel leaves the other
       team.for_each(blocks.count * groups * split, [&](int64_t item) { run_item(item, own); });
     });
   }

@@ -29,6 +29,8 @@ struct ConvReach {
     return backward ? from + ((phase - from - pad) % stride + stride) % stride : from;
   }
   bool has_tap(int phase, int tap) const { return phases() == 1 || (int64_t(tap) * dilation - phase) % stride == 0; }
+  // From what a result sees to what the next one of its phase does.
+  int64_t step() const { return backward ? 1 : stride; }
   int64_t position(int64_t result, int tap) const {
     const int64_t reach = int64_t(tap) * dilation;
     if (!backward) return result * stride - pad + reach;
@@ -139,13 +141,22 @@ struct ConvView {
     for (int64_t i = 0; i < c; i++, from += layout.pixels) prefetch_run(from, pixels);
   }
   const A* pixel(int64_t sample, int64_t row, int64_t column) const {
-    if (copied)
-      return copy + (((sample - first_sample) * height + row - row_begin) * width + column - column_begin) * pitch;
-    if constexpr (std::is_same_v<T, A>) {
-      if (row < 0 || row >= y.in || column < 0 || column >= x.in) return zeros;
-      return image + ((sample * y.in + row) * x.in + column) * layout.channels + c0;
+    const A* found = zeros;
+    pixels(sample, row, column, 0, 1, &found);
+    return found;
+  }
+  // Pointers to pixels of a row, from `column` on in steps.
+  void pixels(int64_t sample, int64_t row, int64_t column, int64_t step, int64_t count, const A** to) const {
+    if (copied) {
+      const A* at =
+          copy + (((sample - first_sample) * height + row - row_begin) * width + column - column_begin) * pitch;
+      for (int64_t i = 0; i < count; i++, at += step * pitch) to[i] = at;
+    } else if constexpr (std::is_same_v<T, A>) {
+      const bool inside = row >= 0 && row < y.in;
+      int64_t at = ((sample * y.in + row) * x.in + column) * layout.channels + c0;
+      for (int64_t i = 0; i < count; i++, column += step, at += step * layout.channels)
+        to[i] = inside && column >= 0 && column < x.in ? image + at : zeros;
     }
-    return zeros;
   }
   // ... and zeros outside of what was read.
   const A* pixel_or_zeros(int64_t sample, int64_t row, int64_t column) const {

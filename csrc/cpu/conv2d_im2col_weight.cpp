@@ -90,12 +90,15 @@ struct WeightGradient : ConvWeightWork<T> {
 
   // What a whole vector copies too much is written over by the next piece, or is beyond the columns.
   void gather(const Own& own, int64_t pixels) const {
-    const int64_t pitch = widened(run_length);
+    const int64_t pitch = widened(run_length), length = piece;
     const A* const* from = own.x_rows;
-    for (int64_t i = 0; i < pieces; i++)
-      for (int64_t pixel = 0; pixel < pixels; pixel++, from++)
-        for (int64_t j = 0; j < piece; j += V::size())
-          V::loadu(*from + j).store(own.columns + pixel * pitch + i * piece + j);
+    for (int64_t i = 0; i < pieces; i++) {
+      A* to = own.columns + i * length;
+      for (int64_t pixel = 0; pixel < pixels; pixel++, to += pitch) {
+        const A* const numbers = *from++;
+        for (int64_t j = 0; j < length; j += V::size()) V::loadu(numbers + j).store(to + j);
+      }
+    }
     for (int64_t pixel = 0; pixel < pixels; pixel++) own.x_rows[pixel] = own.columns + pixel * pitch;
   }
 
@@ -121,14 +124,10 @@ struct WeightGradient : ConvWeightWork<T> {
     for (int64_t i = 0; i < pieces; i++) {
       const int ky = merged ? i : i / x.kernel, kx = merged ? 0 : i % x.kernel;
       for (int64_t n = block.sample; n < block.sample_end; n++)
-        for (int64_t row = block.row; row < block.row_end; row++)
-          if (copied) {
-            const A* const first = view.pixel(n, y.position(row, ky), x.position(0, kx));
-            for (int64_t column = 0; column < x.out; column++) *x_row++ = first + column * x.stride * x_pitch;
-          } else {
-            for (int64_t column = 0; column < x.out; column++)
-              *x_row++ = view.pixel(n, y.position(row, ky), x.position(column, kx));
-          }
+        for (int64_t row = block.row; row < block.row_end; row++) {
+          view.pixels(n, y.position(row, ky), x.position(0, kx), x.stride, x.out, x_row);
+          x_row += x.out;
+        }
     }
     if (gathered) gather(own, pixels);
     FetchAhead<T> next_x, next_dy;
@@ -165,13 +164,16 @@ struct WeightGradient : ConvWeightWork<T> {
           });
       }
     if (!p.dbias) return;
-    for (int64_t first = 0; first < width; first += kSideBySide)
-      for_packs<A>(std::min(kSideBySide, width - first), [&](int64_t i, auto count, auto) {
-        const A* dy = dy_from(first) + i;
-        Pack<A> sum(A(0));
-        for (int64_t pixel = 0; pixel < pixels; pixel++, dy += dy_step) sum = sum + load(dy, count);
-        store(own.bias + first + i, sum, count);
-      });
+    for (int64_t first = 0, count; first < width; first += count) {
+      const A* dy = dy_from(first);
+      count = std::min({int64_t(V::size()), width - first, kSideBySide - first % kSideBySide});
+      V sum(A(0));
+      if (count == V::size())
+        for (int64_t pixel = 0; pixel < pixels; pixel++, dy += dy_step) sum = sum + V::loadu(dy);
+      else
+        for (int64_t pixel = 0; pixel < pixels; pixel++, dy += dy_step) sum = sum + V::loadu(dy, count);
+      sum.store(own.bias + first, count);
+    }
     for (int64_t o = 0; o < width; o++) bias_to[o] += own.bias[o];
   }
 

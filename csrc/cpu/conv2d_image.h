@@ -61,12 +61,15 @@ namespace image {
 template <class A>
 using Eight [[gnu::vector_size(8 * sizeof(A)), gnu::may_alias, gnu::aligned(alignof(A))]] = A;
 
-// to[j * to_pitch + i] = from[i * from_pitch + j] for i, j in [0, 8).
+// to[j * to_pitch + i] = from[i * from_pitch + j] for i < rows and j < columns, neither above 8.  8 numbers are read of
+// each row, and 8 are written for each column.
 template <class A>
-[[gnu::always_inline]] inline void transpose_8x8(const A* from, int64_t from_pitch, A* to, int64_t to_pitch) {
+[[gnu::always_inline]] inline void transpose_block(const A* from, int64_t from_pitch, A* to, int64_t to_pitch,
+                                                   int64_t rows = 8, int64_t columns = 8) {
   using V = Eight<A>;
-  V r[8], s[8];
-  for (int i = 0; i < 8; i++) r[i] = *reinterpret_cast<const V*>(from + i * from_pitch);
+  V r[8] = {}, s[8];
+  for (int i = 0; i < 8; i++)
+    if (i < rows) r[i] = *reinterpret_cast<const V*>(from + i * from_pitch);
   for (int i = 0; i < 8; i += 2) {
     s[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
     s[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
@@ -80,24 +83,45 @@ template <class A>
     s[i] = __builtin_shufflevector(r[i], r[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
     s[i + 4] = __builtin_shufflevector(r[i], r[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
   }
-  for (int i = 0; i < 8; i++) *reinterpret_cast<V*>(to + i * to_pitch) = s[i];
+  for (int i = 0; i < 8; i++)
+    if (i < columns) *reinterpret_cast<V*>(to + i * to_pitch) = s[i];
+}
+
+// f(i) for the first of every 8 in [0, count), what is left over together with some before it; count is at least 8.
+template <class F>
+inline void for_eights(int64_t count, F f) {
+  for (int64_t i = 0; i < count; i += 8) f(std::min(i, count - 8));
 }
 
 // to[j * to_pitch + i] = from[i * from_pitch + j] for i < rows, j < columns.
 template <class To, class From>
 inline void transpose(const From* from, int64_t from_pitch, To* to, int64_t to_pitch, int64_t rows, int64_t columns) {
+  int64_t first_row = 0, first_column = 0;
   if constexpr (std::is_same_v<To, From>) {
-    if (rows >= 8 && columns >= 8) {  // what is left over is taken together with what came before it
-      for (int64_t i = 0; i < rows; i += 8)
-        for (int64_t j = 0; j < columns; j += 8) {
-          const int64_t r = std::min(i, rows - 8), c = std::min(j, columns - 8);
-          transpose_8x8(from + r * from_pitch + c, from_pitch, to + c * to_pitch + r, to_pitch);
-        }
+    // Of lines of `some` numbers, those that may be taken as 8: what follows belongs to the lines after them.
+    auto wide = [](int64_t lines, int64_t some, int64_t pitch) { return lines - (8 - some + pitch - 1) / pitch; };
+    if (rows >= 8 && columns >= 8) {
+      for_eights(rows, [&](int64_t r) {
+        for_eights(columns, [&](int64_t c) {
+          transpose_block(from + r * from_pitch + c, from_pitch, to + c * to_pitch + r, to_pitch);
+        });
+      });
       return;
     }
+    if (columns > 2 && columns < 8 && wide(rows, columns, from_pitch) >= 8) {
+      first_row = wide(rows, columns, from_pitch);
+      for_eights(first_row, [&](int64_t r) {
+        transpose_block(from + r * from_pitch, from_pitch, to + r, to_pitch, 8, columns);
+      });
+    } else if (rows > 2 && rows < 8 && to_pitch == rows && wide(columns, rows, rows) >= 8) {
+      first_column = wide(columns, rows, rows);
+      for_eights(first_column, [&](int64_t c) {
+        transpose_block(from + c, from_pitch, to + c * to_pitch, to_pitch, rows, 8);
+      });
+    }
   }
-  for (int64_t i = 0; i < rows; i++)
-    for (int64_t j = 0; j < columns; j++) to[j * to_pitch + i] = To(from[i * from_pitch + j]);
+  for (int64_t i = first_row; i < rows; i++)
+    for (int64_t j = first_column; j < columns; j++) to[j * to_pitch + i] = To(from[i * from_pitch + j]);
 }
 
 }  // namespace image

@@ -11,16 +11,16 @@ struct ConvPlanes {
   const int gap_y, gap_x;
   const ConvReach y, x;    // of results to the image with its gaps
   const int64_t step;      // between the pixels that neighbouring results see
-  const int64_t line;      // of every step-th pixel, and a panel more, which kernels may read
+  const int64_t line;      // of every step-th pixel, and as many more as kernels read beyond their results
   const int64_t row_size;  // of the `step` lines of a row
 
-  ConvPlanes(const ConvShape& s, bool backward, int64_t panel)
+  ConvPlanes(const ConvShape& s, bool backward, int64_t beyond)
       : gap_y(backward ? s.y.stride : 1),
         gap_x(backward ? s.x.stride : 1),
         y(spread(s.y, backward), backward),
         x(spread(s.x, backward), backward),
         step(backward ? 1 : x.stride),
-        line((x.end(x.out) - x.begin(0) + step - 1) / step + panel),
+        line((x.end(x.out) - x.begin(0) + step - 1) / step + beyond),
         row_size(line * step) {}
 
   static ConvAxis spread(ConvAxis a, bool backward) {

@@ -158,6 +158,19 @@ struct ConvParts {
   int64_t widest() const { return (co + slices - 1) / slices; }
 };
 
+// Whether all numbers that it has seen are finite.
+template <class V>
+struct FiniteCheck {
+  V sum{0};  // zeros, or NaN
+
+  void see(V v) { sum = at::vec::fmadd(v, V(0), sum); }
+  bool all() const {
+    typename V::value_type lanes[V::size()];
+    sum.store(lanes);
+    return std::all_of(lanes, lanes + V::size(), [](auto lane) { return lane == 0; });
+  }
+};
+
 // A kernel's workspace: what kernel.layout_shared() takes, and for each thread what a Kernel::Own takes.
 struct ConvMemory {
   size_t shared = 0, own = 0;

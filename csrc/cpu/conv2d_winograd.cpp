@@ -182,7 +182,7 @@ struct Product : ConvWork<T>, Sizes<kTile> {
           count == kColumns ? store_output<A>(at, v, Full<A>(), Zero(), stream) : store<A>(at, v, count);
         }
     });
-    finite.report(p.all_finite);
+    report(finite, p.all_finite);
   }
 
   void run_item(int64_t item, const Own& own) const {

@@ -139,19 +139,11 @@ struct FilterGradientTransform<2> {
   }
 };
 
-// Tells of sums that are not finite: transforms take infinity from infinity where plain sums would leave it alone.
+// Transforms take infinity from infinity where plain sums would leave it alone.
 template <class V>
-struct FiniteCheck {
-  V sum{0};  // zeros, or NaN
-
-  void see(V v) { sum = times(typename V::value_type(0), v, sum); }
-  void report(bool* all_finite) const {
-    typename V::value_type lanes[V::size()];
-    sum.store(lanes);
-    for (auto lane : lanes)
-      if (lane != 0) std::atomic_ref(*all_finite).store(false, std::memory_order_relaxed);
-  }
-};
+void report(const FiniteCheck<V>& sums, bool* all_finite) {
+  if (!sums.all()) std::atomic_ref(*all_finite).store(false, std::memory_order_relaxed);
+}
 
 // Both directions: load(row, column) gives the kIn x kIn vectors, store(row, column, v) takes kOut x kOut.
 template <class Transform, class V, class Load, class Store>

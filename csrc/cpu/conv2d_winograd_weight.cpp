@@ -183,7 +183,7 @@ struct WeightGradient : ConvWeightWork<T>, Sizes<kTile> {
       for (int64_t k = j; k < std::min<int64_t>(j + V::size(), s.ci); k++)
         for (int tap = 0; tap < 9; tap++) to[k * s.weight_input() + tap * s.weight_tap()] = T(taps[tap][k - j]);
     }
-    finite.report(p.all_finite);
+    report(finite, p.all_finite);
     if (p.dbias) static_cast<T*>(p.dbias)[channel] = T(bias_sums[channel]);
   }
 
