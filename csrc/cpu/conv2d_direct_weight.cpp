@@ -87,8 +87,8 @@ struct DirectWeight : ConvWeightWork<T> {
     }
   }
 
-  // A tile's sums over a block, from its first channel's and first weight's on.  Where a row's last vector reaches beyond
-  // the results, dy is 0, and x is what other windows see: of infinite numbers the product would be NaN.
+  // A tile's sums over a block, from its first channel's and first weight's on.  Where a row's last vector reaches
+  // beyond the results, dy is 0, and x is what other windows see: of infinite numbers the product would be NaN.
   template <int O, int K>
   void add_tile(const ConvBlock& block, const A* x, const A* dy, const int64_t* offsets, A* to) const {
     if (add_rows<O, K, false>(block, x, dy, offsets, to)) return;

@@ -43,9 +43,8 @@ struct Tile {
     each([&](int r, int c) __attribute__((always_inline)) { v[r][c] = V::loadu(p + r * pitch + c * V::size()); });
   }
   void add(const A* p, int64_t pitch) {
-    each([&](int r, int c) __attribute__((always_inline)) {
-      v[r][c] = v[r][c] + V::loadu(p + r * pitch + c * V::size());
-    });
+    each([&](int r, int c)
+             __attribute__((always_inline)) { v[r][c] = v[r][c] + V::loadu(p + r * pitch + c * V::size()); });
   }
   void store(A* p, int64_t pitch) const {
     each([&](int r, int c) __attribute__((always_inline)) { v[r][c].store(p + r * pitch + c * V::size()); });

@@ -110,14 +110,12 @@ inline void transpose(const From* from, int64_t from_pitch, To* to, int64_t to_p
     }
     if (columns > 2 && columns < 8 && wide(rows, columns, from_pitch) >= 8) {
       first_row = wide(rows, columns, from_pitch);
-      for_eights(first_row, [&](int64_t r) {
-        transpose_block(from + r * from_pitch, from_pitch, to + r, to_pitch, 8, columns);
-      });
+      for_eights(first_row,
+                 [&](int64_t r) { transpose_block(from + r * from_pitch, from_pitch, to + r, to_pitch, 8, columns); });
     } else if (rows > 2 && rows < 8 && to_pitch == rows && wide(columns, rows, rows) >= 8) {
       first_column = wide(columns, rows, rows);
-      for_eights(first_column, [&](int64_t c) {
-        transpose_block(from + c, from_pitch, to + c * to_pitch, to_pitch, rows, 8);
-      });
+      for_eights(first_column,
+                 [&](int64_t c) { transpose_block(from + c, from_pitch, to + c * to_pitch, to_pitch, rows, 8); });
     }
   }
   for (int64_t i = first_row; i < rows; i++)
