@@ -175,13 +175,15 @@ Tensor batch_norm_statistics(const Tensor& x_in) {
   return moments;
 }
 
-// The gradients that output_mask asks for, of x, residual, weight, bias; the others are empty.
+// The gradients that output_mask asks for, of x, residual, weight, bias; the others are empty.  in_place: dx is dy
+// itself where the kernels can write to it.
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& x_in,
                                                     const OptionalTensor& residual_in, const OptionalTensor& weight_in,
                                                     const OptionalTensor& bias_in, const Tensor& stats,
                                                     const OptionalTensor& mask, const OptionalTensor& means,
                                                     bool training, std::string_view activation_name,
-                                                    double negative_slope, std::array<bool, 4> output_mask) {
+                                                    double negative_slope, std::array<bool, 4> output_mask,
+                                                    bool in_place = false) {
   const View view(x_in);
   const DType dtype = dtype_of(x_in, kOp, "input");
   check_like(dy_in, x_in, kOp, "dy");
@@ -192,11 +194,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy_in, const T
   const Tensor x = view.dense(x_in);
   const auto options = x.options().memory_format(at::MemoryFormat::Contiguous);
   const auto param_options = options.dtype(parameter_scalar_type(weight_in, bias_in, x));
-  Tensor dx = output_mask[0] ? at::empty_like(x) : at::empty({0}, options);
+  const Device device = device_of(x, kOp);
+  in_place = in_place && output_mask[0] && training && device == Device::kCpu && dy_in.is_contiguous(view.format);
+  Tensor dx = in_place ? dy_in : output_mask[0] ? at::empty_like(x) : at::empty({0}, options);
   Tensor dresidual = output_mask[1] ? at::empty_like(x) : at::empty({0}, options);
   Tensor dweight = at::empty_symint({output_mask[2] ? view.c : c10::SymInt(0)}, param_options);
   Tensor dbias = at::empty_symint({output_mask[3] ? view.c : c10::SymInt(0)}, param_options);
-  const Device device = device_of(x, kOp);
   if (device == Device::kMeta) return {dx, dresidual, dweight, dbias};
   if (x.numel() == 0) {
     dweight.zero_(), dbias.zero_();
@@ -226,6 +229,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     const OptionalTensor& bias, const Tensor& stats, const OptionalTensor& mask, bool training, double /*eps*/,
     std::string_view activation, double negative_slope, std::array<bool, 4> output_mask) {
   return backward(dy, x, residual, weight, bias, stats, mask, {}, training, activation, negative_slope, output_mask);
+}
+
+// dx in the place of dy: no fresh memory, as in batch_norm_inference_.
+std::tuple<Tensor, Tensor, Tensor> batch_norm_backward_(const Tensor& dy, const Tensor& x,
+                                                        const OptionalTensor& residual, const OptionalTensor& weight,
+                                                        const OptionalTensor& bias, const Tensor& stats,
+                                                        const OptionalTensor& mask, bool training, double /*eps*/,
+                                                        std::string_view activation, double negative_slope,
+                                                        std::array<bool, 4> output_mask) {
+  output_mask[0] = true;
+  auto [dx, dresidual, dweight, dbias] =
+      backward(dy, x, residual, weight, bias, stats, mask, {}, training, activation, negative_slope, output_mask, true);
+  if (!dx.is_same(dy)) dy.copy_(dx);
+  dy.unsafeGetTensorImpl()->bump_version();
+  return {dresidual, dweight, dbias};
 }
 
 // dx where the means of dz and of dz * normalized are over several batches; without an activation, so that dy is dz.
@@ -266,6 +284,11 @@ TORCH_LIBRARY_FRAGMENT(FASTNORM_LIBRARY, m) {
       "Tensor? mask, bool training, float eps, str activation, float negative_slope, bool[4] output_mask) -> "
       "(Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "batch_norm_backward_(Tensor(a!) dy, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor stats, "
+      "Tensor? mask, bool training, float eps, str activation, float negative_slope, bool[4] output_mask) -> "
+      "(Tensor dresidual, Tensor dweight, Tensor dbias)",
+      {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(FASTNORM_LIBRARY, CompositeExplicitAutograd, m) {
@@ -274,5 +297,6 @@ TORCH_LIBRARY_IMPL(FASTNORM_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("batch_norm_inference_", fastnorm::batch_norm_inference_);
   m.impl("batch_norm_statistics", fastnorm::batch_norm_statistics);
   m.impl("batch_norm_backward", fastnorm::batch_norm_backward);
+  m.impl("batch_norm_backward_", fastnorm::batch_norm_backward_);
   m.impl("batch_norm_backward_elementwise", fastnorm::batch_norm_backward_elementwise);
 }

@@ -10,6 +10,9 @@ struct BatchNorm {
                               *kBackward = "fastnorm::batch_norm_backward";
   static constexpr bool kSum = false;
   using Config = std::tuple<bool, double, std::string_view, double>;  // training, eps, activation, negative_slope
+  static const char* in_place(const auto& config) {
+    return std::get<0>(config) ? "fastnorm::batch_norm_backward_" : nullptr;
+  }
 };
 
 void check_constant(const OptionalTensor& t, const char* name) {

@@ -2,6 +2,7 @@
 // third of what an autograd.Function in Python does.  (Derivatives of forward mode and torch.func:
 // ../fastnorm/transforms.py.)
 #pragma once
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -63,8 +64,17 @@ T stored(T v) {
 inline std::string stored(std::string_view v) { return std::string(v); }
 inline std::vector<c10::SymInt> stored(c10::SymIntArrayRef v) { return v.vec(); }
 
+// Whether a gradient that the engine has passed is nobody else's and may be written over, as torch's own sums of
+// gradients are: then it becomes the gradient to x, which is like it.
+inline bool may_become_dx(const Tensor& dy, const Tensor& x) {
+  return !at::GradMode::is_enabled() && dy.is_cpu() && dy.use_count() == 1 && !at::isTensorSubclassLike(dy) &&
+         dy.has_storage() && dy.storage().use_count() == 1 && dy.scalar_type() == x.scalar_type() &&
+         dy.is_non_overlapping_and_dense() && dy.strides() == x.strides() && dy.sizes() == x.sizes();
+}
+
 // Op says what is special about a norm:
 //   kName, kForward, kBackward   of the node and of the operators
+//   in_place(config)             a backward operator that writes dx to dy, or null
 //   kSum                         the operator takes an addend too and has x + addend as its second output
 //   Config                       std::tuple of what the backward operator takes between the tensors and output_mask,
 //                                which ends with activation and negative_slope
@@ -83,8 +93,12 @@ struct NormBackward final : torch::autograd::TraceableFunction {
                             const OptionalTensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, C...,
                             std::array<bool, 4>);
     using Backward = std::conditional_t<Op::kSum, WithSum, Plain>;
+    using InPlace = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&,
+                                                       const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                                                       const OptionalTensor&, C..., std::array<bool, 4>);
   };
   using Backward = typename Types<typename Op::Config>::Backward;
+  using InPlace = typename Types<typename Op::Config>::InPlace;
   using Config = typename Types<typename Op::Config>::Stored;
 
   enum Input { kX, kResidual, kWeight, kBias, kStats, kMask, kInputs };
@@ -131,9 +145,19 @@ struct NormBackward final : torch::autograd::TraceableFunction {
     if (out.size() > kAddend) needs[kX] = needs[kX] || this->task_should_compute_output(kAddend);
     if (needs[kResidual] && activation() == "none") needs[kResidual] = false, out[kResidual] = dy;
     if (needs == std::array<bool, kGradients>{}) return out;
-    static const auto op = find_operator<Backward>(Op::kBackward);
     std::optional<at::AutoDispatchBelowADInplaceOrView> below;
     if (!at::GradMode::is_enabled()) below.emplace();
+    if (const char* const name = Op::in_place(config); name && needs[kX] && may_become_dx(dy, x)) {
+      static const auto op = find_operator<InPlace>(name);
+      auto [dresidual, dweight, dbias] = std::apply(
+          [&](const auto&... c) { return op.call(dy, x, residual, weight, bias, stats, mask, c..., needs); }, config);
+      if (needs[kResidual]) out[kResidual] = std::move(dresidual);
+      if (needs[kWeight]) out[kWeight] = std::move(dweight);
+      if (needs[kBias]) out[kBias] = std::move(dbias);
+      give_dx(dy);
+      return out;
+    }
+    static const auto op = find_operator<Backward>(Op::kBackward);
     auto result = std::apply(
         [&](const auto&... c) {
           if constexpr (Op::kSum)

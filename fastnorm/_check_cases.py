@@ -96,6 +96,7 @@ def _batch_norm_operators(device: str, dtype: torch.dtype) -> Iterator[tuple[obj
         yield operator, forward
         backward = (dy, x, residual, weight, bias, stats, mask, training, 1e-5, "silu", 0.01, [True] * 4)
         yield ops.batch_norm_backward.default, backward
+        yield ops.batch_norm_backward_.default, (dy.clone(), *backward[1:])
     yield ops.batch_norm_statistics.default, (x,)
     means = torch.randn(2, 5, device=device, dtype=torch.float64)
     yield ops.batch_norm_backward_elementwise.default, (dy, x, weight, stats, means)

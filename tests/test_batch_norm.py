@@ -362,3 +362,77 @@ def test_inference_of_a_slice_of_channels(backend, dtype, layout, residual, acti
             )
             kept[:, first : first + c] = expected
             assert torch.equal(kept.nan_to_num(7), wide.nan_to_num(7))
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_in_place(backend, dtype, layout, residual, activation):
+    """A gradient that is nobody else's becomes the gradient to x, with the same bits."""
+    for shape in ((3, 7, 7, 7), (2, 65, 5, 4), (5, 6, 33), (33, 130), (2, 3, 1, 2), (2, 2, 70, 70), (8, 24, 40, 40)):
+        a = make(shape, dtype, layout, activation, residual, device=backend.device)
+        leaves = [t.requires_grad_() for t in (a.x, a.weight, a.bias, a.residual) if t is not None]
+        kept = a.dy.clone()
+        expected = torch.autograd.grad(by_fastnorm(a), leaves, a.dy)
+        assert torch.equal(a.dy, kept)  # the caller's
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            y = by_fastnorm(a)
+            found = torch.autograd.grad(y * 1.0, leaves, a.dy)
+        assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+        shared = residual and activation is None  # dy is the gradient to the residual
+        if backend.name == "cpu" and a.dy.stride() == a.x.stride() == y.stride():
+            in_place = "fastnorm::batch_norm_backward_" in {e.key for e in recorded.key_averages()}
+            assert in_place != shared
+
+
+def test_backward_in_place_leaves_alone_what_others_see(backend):
+    a = make((4, 6, 5, 7), device=backend.device, activation="relu")
+    a.x.requires_grad_()
+    expected = torch.autograd.grad(by_fastnorm(a), a.x, a.dy)[0]
+    seen = []
+
+    def dx(y, *others):
+        return torch.autograd.grad(y * 1.0, (a.x, *others), a.dy)
+
+    for keep in (lambda dy: dy, lambda dy: dy.detach(), lambda dy: dy[1:], lambda dy: dy.numpy(force=True)):
+        y = by_fastnorm(a)
+        y.register_hook(lambda dy, keep=keep: seen.append((keep(dy), keep(dy.clone()))) and None)
+        assert torch.equal(dx(y)[0], expected)
+    for kept, before in seen:
+        torch.testing.assert_close(kept, before, rtol=0, atol=0)
+    assert len(seen) == 4
+    y = by_fastnorm(a)  # asked for too
+    assert torch.equal(dx(y, y)[1], a.dy)
+    y = by_fastnorm(a)
+    y.retain_grad()
+    (y * 1.0).backward(a.dy)
+    assert torch.equal(y.grad, a.dy)
+    # One gradient for two norms, and for a norm and something else.
+    twice = by_fastnorm(a) + by_fastnorm(a)
+    torch.testing.assert_close(dx(twice)[0], 2 * expected)
+    other = torch.zeros_like(a.x, requires_grad=True)
+    found = dx(by_fastnorm(a) + other, other)
+    assert torch.equal(found[0], expected) and torch.equal(found[1], a.dy)
+    y = by_fastnorm(a)  # with a graph of its own
+    first = torch.autograd.grad(y * 1.0, a.x, a.dy.clone().requires_grad_(), create_graph=True)[0]
+    torch.testing.assert_close(first, expected)
+    # Not dense, or not like x.
+    for dy in (a.dy[:1].expand(4, -1, -1, -1), a.dy.transpose(2, 3).contiguous().transpose(2, 3)):
+        a_dy = torch.autograd.grad(by_fastnorm(a), a.x, dy.clone(memory_format=torch.contiguous_format))[0]
+        torch.testing.assert_close(torch.autograd.grad(by_fastnorm(a) * 1.0, a.x, dy)[0], a_dy)
+
+
+def test_backward_in_place_of_strided_memory(backend):
+    a = make((4, 7, 5, 6), device=backend.device)
+    stats = torch.ops.fastnorm.batch_norm_forward(
+        a.x, None, a.weight, a.bias, None, None, None, True, 0.1, a.eps, "none", 0.01, False
+    )[1]
+    rest = (a.x, None, a.weight, a.bias, stats, None, True, a.eps, "none", 0.01, [True, False, True, True])
+    expected = torch.ops.fastnorm.batch_norm_backward(a.dy, *rest)
+    dy = torch.zeros(4, 7, 6, 5, device=backend.device).transpose(2, 3).copy_(a.dy)
+    version = dy._version
+    found = torch.ops.fastnorm.batch_norm_backward_(dy, *rest)
+    for f, e in zip((dy, *found), expected, strict=True):
+        torch.testing.assert_close(f, e)
+    assert dy._version > version

@@ -99,7 +99,7 @@ template <class T, Slope slope>
 bool streams_backward(const BatchNormBackward& a, int64_t run) {
   const int64_t size = size_of(a.dtype),
                 touched = (2 + (a.dx != nullptr) + (a.dresidual != nullptr)) * a.n * a.c * a.hw * size;
-  return streams(a.dx, run * size, touched) && streams(a.dresidual, run * size, touched);
+  return a.dx != a.dy && streams(a.dx, run * size, touched) && streams(a.dresidual, run * size, touched);
 }
 
 // dx and dresidual of planes that follow each other, and their channels.

@@ -143,14 +143,14 @@ template <class T, Slope slope, class Args, class Coefficients, class F>
       prefetch(static_cast<const T*>(a.dy) + at + i + read_ahead);
     }
     const Gradient<T, slope, Coefficients> g(a, c, at + i, i, mask, kept, count, again);
-    if (dresidual) {
-      if (!streaming) prefetch<T, true>(dresidual + at + i + write_ahead);
-      store_output(dresidual + at + i, g.dz, count, again, streaming);
-    }
-    if (dx) {
-      if (!streaming) prefetch<T, true>(dx + at + i + write_ahead);
-      store_output(dx + at + i, dx_of(g, c, i), count, again, streaming);
-    }
+    auto put = [&](T* to, auto v) {
+      if (!streaming) prefetch<T, true>(to + write_ahead);
+      if constexpr (!std::is_same_v<decltype(again), Zero>)
+        if (a.dx == a.dy) v = select(Pack<Accumulate<T>>::first(again), load(to, count), v);  // dy is gone there
+      store_output(to, v, count, again, streaming);
+    };
+    if (dresidual) put(dresidual + at + i, g.dz);
+    if (dx) put(dx + at + i, dx_of(g, c, i));
   });
 }
 
