@@ -118,8 +118,14 @@ inline void transpose(const From* from, int64_t from_pitch, To* to, int64_t to_p
                  [&](int64_t c) { transpose_block(from + c, from_pitch, to + c * to_pitch, to_pitch, rows, 8); });
     }
   }
-  for (int64_t i = first_row; i < rows; i++)
-    for (int64_t j = first_column; j < columns; j++) to[j * to_pitch + i] = To(from[i * from_pitch + j]);
+  auto move = [&](int64_t i, int64_t j) { to[j * to_pitch + i] = To(from[i * from_pitch + j]); };
+  if (rows < columns) {  // the few side by side
+    for (int64_t j = first_column; j < columns; j++)
+      for (int64_t i = 0; i < rows; i++) move(i, j);
+  } else {
+    for (int64_t i = first_row; i < rows; i++)
+      for (int64_t j = 0; j < columns; j++) move(i, j);
+  }
 }
 
 }  // namespace image
