@@ -57,8 +57,8 @@ inline ConvAlgorithm choose_without_onednn(const ConvShape& s, ConvPass pass) {
 }
 
 // The gradient to the weight of what is not in groups and has no far strides: oneDNN converts planes to layouts of its
-// own, and turns channels_last weights' gradients round.  With few channels it is behind but for the smallest layers,
-// and with vectors of 16 numbers where it fills them.
+// own, and turns channels_last weights' gradients round.  With few channels it is behind, but for the smallest layers
+// and, with vectors of 16 numbers, those that fill them.
 inline ConvAlgorithm choose_to_weight(const ConvShape& s, const ConvMeasure& m, bool planes, bool wide_vectors) {
   constexpr auto kTorch = ConvAlgorithm::kTorch, kIm2col = ConvAlgorithm::kIm2col, kDirect = ConvAlgorithm::kDirect;
   const bool point = s.taps() == 1, large_window = s.taps() > 9, long_rows = m.width >= 14;
@@ -126,6 +126,7 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate,
   // So do the first layers, and LeNet's.  Far strides leave little of a line that a vector could read.
   const bool point = s.taps() == 1;
   if (std::max(s.y.stride, s.x.stride) > 2) {
+    // Patches are copied once, and then a product.
     const bool patches = s.y.kernel <= s.y.stride && s.x.kernel <= s.x.stride;
     if (patches && s.ci < 16) return m.gaps ? ConvAlgorithm::kTorch : ConvAlgorithm::kIm2col;
     return forward && s.ci < 16 && s.taps() > 49 && !wide_vectors ? ConvAlgorithm::kIm2col : ConvAlgorithm::kTorch;
@@ -136,7 +137,7 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate,
   if (!planes && m.terms <= 4 && !m.gaps) {
     if (m.made <= (wide_vectors ? 8 : 6)) return ConvAlgorithm::kDirect;
     if (large || (!wide_vectors && s.taps() * m.terms >= 75))
-      return s.taps() == 1 || s.taps() > 9 ? ConvAlgorithm::kIm2col : ConvAlgorithm::kDirect;
+      return point || s.taps() > 9 ? ConvAlgorithm::kIm2col : ConvAlgorithm::kDirect;
   }
   const int64_t most = wide_vectors && small ? 8 : 6;
   if (takes(ConvAlgorithm::kDirect, m.terms <= (m.made <= 4 ? 32 : 16) && m.made <= most))

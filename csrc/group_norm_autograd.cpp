@@ -10,7 +10,6 @@ struct GroupNorm {
                               *kBackward = "fastnorm::group_norm_backward";
   static constexpr bool kSum = false;
   using Config = std::tuple<c10::SymInt, double, std::string_view, double>;  // groups, eps, activation, negative_slope
-  static const char* in_place(const auto&) { return nullptr; }
 };
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_forward(c10::DispatchKeySet keys, const Tensor& x,

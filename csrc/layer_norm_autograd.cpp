@@ -11,7 +11,6 @@ struct LayerNorm {
   static constexpr bool kSum = true;
   // normalized_shape, dim, rms, eps, activation, negative_slope
   using Config = std::tuple<c10::SymIntArrayRef, int64_t, bool, double, std::string_view, double>;
-  static const char* in_place(const auto&) { return nullptr; }
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_forward(

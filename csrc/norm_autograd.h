@@ -2,8 +2,8 @@
 // third of what an autograd.Function in Python does.  (Derivatives of forward mode and torch.func:
 // ../fastnorm/transforms.py.)
 #pragma once
-#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -64,17 +64,25 @@ T stored(T v) {
 inline std::string stored(std::string_view v) { return std::string(v); }
 inline std::vector<c10::SymInt> stored(c10::SymIntArrayRef v) { return v.vec(); }
 
+// A tensor of numbers in memory, whose operators nobody looks at.
+inline bool is_plain(const Tensor& t) {
+  using c10::DispatchKey;
+  constexpr c10::DispatchKeySet kWrappers({DispatchKey::Python, DispatchKey::Functionalize, DispatchKey::Batched,
+                                           DispatchKey::FuncTorchBatched, DispatchKey::FuncTorchGradWrapper});
+  return t.is_cpu() && t.has_storage() && !t.key_set().has_any(kWrappers) && !c10::impl::dispatch_mode_enabled();
+}
+
 // Whether a gradient that the engine has passed is nobody else's and may be written over, as torch's own sums of
-// gradients are: then it becomes the gradient to x, which is like it.
+// gradients are: then it becomes the gradient to x, which the kernels read as it lies.
 inline bool may_become_dx(const Tensor& dy, const Tensor& x) {
-  return !at::GradMode::is_enabled() && dy.is_cpu() && dy.use_count() == 1 && !at::isTensorSubclassLike(dy) &&
-         dy.has_storage() && dy.storage().use_count() == 1 && dy.scalar_type() == x.scalar_type() &&
-         dy.is_non_overlapping_and_dense() && dy.strides() == x.strides() && dy.sizes() == x.sizes();
+  return !at::GradMode::is_enabled() && is_plain(dy) && is_plain(x) && dy.use_count() == 1 &&
+         dy.storage().use_count() == 1 && dy.scalar_type() == x.scalar_type() && dy.sizes() == x.sizes() &&
+         dy.strides() == x.strides() && x.is_contiguous(x.suggest_memory_format());
 }
 
 // Op says what is special about a norm:
 //   kName, kForward, kBackward   of the node and of the operators
-//   in_place(config)             a backward operator that writes dx to dy, or null
+//   in_place(config)             a backward operator that writes dx to dy, or null; not if none does
 //   kSum                         the operator takes an addend too and has x + addend as its second output
 //   Config                       std::tuple of what the backward operator takes between the tensors and output_mask,
 //                                which ends with activation and negative_slope
@@ -147,19 +155,15 @@ struct NormBackward final : torch::autograd::TraceableFunction {
     if (needs == std::array<bool, kGradients>{}) return out;
     std::optional<at::AutoDispatchBelowADInplaceOrView> below;
     if (!at::GradMode::is_enabled()) below.emplace();
-    if (const char* const name = Op::in_place(config); name && needs[kX] && may_become_dx(dy, x)) {
-      static const auto op = find_operator<InPlace>(name);
-      auto [dresidual, dweight, dbias] = std::apply(
-          [&](const auto&... c) { return op.call(dy, x, residual, weight, bias, stats, mask, c..., needs); }, config);
-      if (needs[kResidual]) out[kResidual] = std::move(dresidual);
-      if (needs[kWeight]) out[kWeight] = std::move(dweight);
-      if (needs[kBias]) out[kBias] = std::move(dbias);
-      give_dx(dy);
-      return out;
-    }
     static const auto op = find_operator<Backward>(Op::kBackward);
     auto result = std::apply(
         [&](const auto&... c) {
+          if constexpr (requires { Op::in_place(config); })
+            if (const char* const name = Op::in_place(config); name && needs[kX] && may_become_dx(dy, x)) {
+              static const auto in_place = find_operator<InPlace>(name);
+              return std::tuple_cat(std::tuple(dy),
+                                    in_place.call(dy, x, residual, weight, bias, stats, mask, c..., needs));
+            }
           if constexpr (Op::kSum)
             return op.call(dy, x, residual, weight, bias, stats, mask, dsum, c..., needs);
           else

@@ -417,10 +417,15 @@ def test_backward_in_place_leaves_alone_what_others_see(backend):
     y = by_fastnorm(a)  # with a graph of its own
     first = torch.autograd.grad(y * 1.0, a.x, a.dy.clone().requires_grad_(), create_graph=True)[0]
     torch.testing.assert_close(first, expected)
-    # Not dense, or not like x.
-    for dy in (a.dy[:1].expand(4, -1, -1, -1), a.dy.transpose(2, 3).contiguous().transpose(2, 3)):
-        a_dy = torch.autograd.grad(by_fastnorm(a), a.x, dy.clone(memory_format=torch.contiguous_format))[0]
-        torch.testing.assert_close(torch.autograd.grad(by_fastnorm(a) * 1.0, a.x, dy)[0], a_dy)
+    # Not dense, as a sum's, or not like x.
+    of_sum = a.dy[:, :, 0, 0]
+    expanded = torch.autograd.grad(by_fastnorm(a), a.x, of_sum[..., None, None].expand_as(a.x).contiguous())[0]
+    torch.testing.assert_close(torch.autograd.grad(by_fastnorm(a).sum((2, 3)), a.x, of_sum)[0], expanded)
+    transposed = torch.autograd.grad(by_fastnorm(a) * 1.0, a.x, a.dy.transpose(2, 3).contiguous().transpose(2, 3))[0]
+    torch.testing.assert_close(transposed, expected)
+    # Several at once.
+    both = torch.autograd.grad(by_fastnorm(a) * 1.0, a.x, torch.stack([a.dy, 2 * a.dy]), is_grads_batched=True)[0]
+    torch.testing.assert_close(both, torch.stack([expected, 2 * expected]))
 
 
 def test_backward_in_place_of_strided_memory(backend):

@@ -99,10 +99,13 @@ struct DirectWeight : ConvWeightWork<T> {
   bool add_rows(const ConvBlock& block, const A* x, const A* dy, const int64_t* offsets, A* to) const {
     V sum[O][K];
     int64_t reach[K];
+    auto for_sums = [&](auto f) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int o = 0; o < O; o++)
+      for (int o = 0; o < O; o++)
 #pragma GCC unroll 9
-      for (int k = 0; k < K; k++) sum[o][k] = V::loadu(to + (o * depth + k) * kLane);
+        for (int k = 0; k < K; k++) f(sum[o][k], o, to + (o * depth + k) * kLane);
+    };
+    for_sums([](V& v, int, const A* from) __attribute__((always_inline)) { v = V::loadu(from); });
 #pragma GCC unroll 9
     for (int k = 0; k < K; k++) reach[k] = offsets[k];
     const int64_t rows = block.row_end - block.row, whole = s.x.out / kLane * kLane, x_step = planes.row_step();
@@ -124,18 +127,13 @@ struct DirectWeight : ConvWeightWork<T> {
           }
         }
     }
-    FiniteCheck<V> finite;
-    for (int o = 0; o < O; o++) {
-      V tile_row = sum[o][0] * V(0);
-#pragma GCC unroll 9
-      for (int k = 1; k < K; k++) tile_row = at::vec::fmadd(sum[o][k], V(0), tile_row);
-      finite.see(tile_row);
+    if (!kMasked && whole < s.x.out) {
+      FiniteCheck<V> finite[O], all;  // not one long chain
+      for_sums([&](V v, int o, const A*) __attribute__((always_inline)) { finite[o].see(v); });
+      for (const auto& f : finite) all.see(f.sum);
+      if (!all.all()) return false;
     }
-    if (!kMasked && whole < s.x.out && !finite.all()) return false;
-#pragma GCC unroll 4
-    for (int o = 0; o < O; o++)
-#pragma GCC unroll 9
-      for (int k = 0; k < K; k++) sum[o][k].store(to + (o * depth + k) * kLane);
+    for_sums([](V v, int, A* place) __attribute__((always_inline)) { v.store(place); });
     return true;
   }
 

@@ -110,10 +110,6 @@ struct Product : ConvWork<T> {
       A* const to = first + f.place[m] * pitch;
       count == kColumns ? store_output<A>(to, v, Full<A>(), Zero(), streaming) : store<A>(to, v, count);
     }
-    void put(const Phase& f, int64_t m, V v) const {  // the first half of them
-      A* const to = first + f.place[m] * pitch;
-      count >= V::size() ? v.store(to) : v.store(to, count);
-    }
   };
 
   // Results = what they start from + the products of all runs, kDepth of the terms after the other, which pass through
@@ -139,11 +135,8 @@ struct Product : ConvWork<T> {
             if (!done) return tile.store(sums + m * kColumns, kColumns);
 #pragma GCC unroll 12
             for (int r = 0; r < R; r++) {
-              const V low = this->activate_simple(tile.v[r][0]);
-              if constexpr (C == 1)
-                target.put(f, m + r, low);
-              else
-                target.put(f, m + r, {low, this->activate_simple(tile.v[r][1])});
+              const V high = C == 1 ? V(A(0)) : this->activate_simple(tile.v[r][C - 1]);
+              target.put(f, m + r, {this->activate_simple(tile.v[r][0]), high});
             }
           });
         });

@@ -67,15 +67,14 @@ struct WeightGradient : ConvWeightWork<T> {
   }
 
   struct Own {
-    A *image, *dy, *bias;  // dy: [kSideBySide channels][pixel][channel]
-    A* columns;            // [pixel][column], if gathered
-    const A** x_rows;      // [piece or run][pixel]
+    A *image, *dy;     // dy: [kSideBySide channels][pixel][channel]
+    A* columns;        // [pixel][column], if gathered
+    const A** x_rows;  // [piece or run][pixel]
 
     Own(const WeightGradient& q, Arena& scratch) {
       const int64_t pixels = q.blocks.samples * q.blocks.rows * q.x.out;
       image = scratch.take<A>(q.copied ? ConvView<T>::elements(q.y, q.x, q.blocks, q.x_pitch) : 0);
       dy = scratch.take<A>(q.plain ? 0 : pixels * (q.split.widest() + kSideBySide));
-      bias = scratch.take<A>(q.split.widest());
       columns = scratch.take<A>(q.gathered ? pixels * widened(q.run_length) : 0);
       x_rows = scratch.take<const A*>(pixels * q.pieces);
     }
@@ -163,18 +162,18 @@ struct WeightGradient : ConvWeightWork<T> {
             tile.store(sums, kColumns);
           });
       }
-    if (!p.dbias) return;
+    if (p.dbias) add_bias(pixels, width, dy_from, dy_step, bias_to);
+  }
+
+  template <class From>
+  void add_bias(int64_t pixels, int64_t width, From dy_from, int64_t dy_step, A* to) const {
     for (int64_t first = 0, count; first < width; first += count) {
       const A* dy = dy_from(first);
       count = std::min({int64_t(V::size()), width - first, kSideBySide - first % kSideBySide});
       V sum(A(0));
-      if (count == V::size())
-        for (int64_t pixel = 0; pixel < pixels; pixel++, dy += dy_step) sum = sum + V::loadu(dy);
-      else
-        for (int64_t pixel = 0; pixel < pixels; pixel++, dy += dy_step) sum = sum + V::loadu(dy, count);
-      sum.store(own.bias + first, count);
+      for (int64_t pixel = 0; pixel < pixels; pixel++, dy += dy_step) sum = sum + V::loadu(dy, count);
+      (V::loadu(to + first, count) + sum).store(to + first, count);
     }
-    for (int64_t o = 0; o < width; o++) bias_to[o] += own.bias[o];
   }
 
   void run_item(int64_t item, const Own& own) const {
