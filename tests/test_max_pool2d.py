@@ -1,5 +1,6 @@
 """max_pool2d against torch's: values and indices bit for bit, gradients, layouts, what is kept, determinism."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -40,6 +41,16 @@ def images(shape, kind, dtype=torch.float32):
     if kind == "-inf":
         x = torch.where(torch.rand(shape) < 0.7, -float("inf"), x)
     return x.to(dtype)
+
+
+@contextlib.contextmanager
+def deterministic(wanted=True):
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def assert_same_bits(a, b):
@@ -97,19 +108,36 @@ def test_values_indices_and_gradients(backend, window, kind):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_have_torchs_bits(backend, layout, dtype):
-    """Sums over windows that overlap are taken in torch's order."""
-    for window in ("3x3 s2 p1", "3x3 s1 p1", "dilated"):
+    """Sums over windows that overlap are taken in torch's order; what one window alone gives is added to 0."""
+    apart, overlapping = ("2x2 s2", "gaps", "row"), ("3x3 s2 p1", "3x3 s1 p1", "dilated")
+    for window in apart if dtype.itemsize == 2 else apart + overlapping:
         x = to_layout(images((2, 6, 9, 12), "ties", dtype), layout).to(backend.device)
         leaves = [x.clone().requires_grad_() for _ in range(2)]
         dy = None
         results = []
         for function, leaf in zip((max_pool2d, F.max_pool2d), leaves, strict=True):
             y = function(leaf, *WINDOWS[window])
-            dy = torch.randn_like(y) if dy is None else dy
+            dy = torch.randn_like(y) * images(y.shape, "ties", dtype).to(y) if dy is None else dy
             results.append(torch.autograd.grad(y, leaf, dy)[0])
-        assert torch.equal(*results)
+        assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("channels", [48, 40])  # whole cache lines or not, of indices always
+@pytest.mark.parametrize("window", ["3x3 s2 p1", "2x2 s2"])
+def test_large_images(window, channels):
+    """Outputs that leave the caches, to fresh memory and to memory that was written."""
+    for dtype in (torch.float32, torch.bfloat16):
+        n = 48 // dtype.itemsize
+        x = torch.randint(-99, 99, (n, channels, 112, 112)).to(dtype).contiguous(memory_format=torch.channels_last)
+        y, indices = F.max_pool2d(x.requires_grad_(), *WINDOWS[window], return_indices=True)
+        (dx,) = torch.autograd.grad(y, x, y)
+        for written in (False, True):
+            with deterministic(written):  # memory is handed out full of NaN
+                ours = max_pool2d(x, *WINDOWS[window], return_indices=True)
+                assert torch.equal(ours[0], y) and torch.equal(ours[1], indices)
+                assert torch.equal(torch.autograd.grad(ours[0], x, y)[0], dx)
 
 
 def test_large_windows(backend):
@@ -181,15 +209,11 @@ def test_threads_make_no_difference(threads):
 
 def test_every_dx_is_written(backend):
     """Memory is handed out full of NaN here; windows with gaps between them leave most inputs without one."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        for layout, window in itertools.product(LAYOUTS, ("gaps", "3x3 s2", "padding between taps")):
-            x = to_layout(torch.randn(2, 8, 9, 16, device=backend.device), layout).requires_grad_()
+    with deterministic():
+        for layout, window in itertools.product(LAYOUTS, ("gaps", "2x2 s2", "3x3 s2", "padding between taps")):
+            x = to_layout(torch.randn(2, 8, 9, 17, device=backend.device), layout).requires_grad_()
             (dx,) = torch.autograd.grad(max_pool2d(x, *WINDOWS[window]).sum(), x)
             assert dx.isfinite().all()
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def test_empty_batch_and_unbatched(backend):

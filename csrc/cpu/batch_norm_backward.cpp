@@ -97,9 +97,9 @@ template <class T, Slope slope>
 }
 
 bool streams_backward(const BatchNormBackward& a, int64_t run) {
-  const int64_t size = size_of(a.dtype),
-                touched = (2 + (a.dx != nullptr) + (a.dresidual != nullptr)) * a.n * a.c * a.hw * size;
-  return a.dx != a.dy && streams(a.dx, run * size, touched) && streams(a.dresidual, run * size, touched);
+  const int64_t size = size_of(a.dtype), bytes = a.n * a.c * a.hw * size;
+  const int64_t touched = (2 + (a.dx != nullptr) + (a.dresidual != nullptr)) * bytes;
+  return a.dx != a.dy && streams(a.dx, bytes, run * size, touched) && streams(a.dresidual, bytes, run * size, touched);
 }
 
 // dx and dresidual of planes that follow each other, and their channels.

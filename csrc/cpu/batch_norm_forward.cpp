@@ -74,8 +74,8 @@ void add_segment(const BatchNormForward& a, const Segments& segments, int64_t c,
 }
 
 bool streams_forward(const BatchNormForward& a, int64_t run) {
-  const int64_t size = size_of(a.dtype), touched = (a.residual ? 3 : 2) * a.n * a.c * a.hw * size;
-  return a.y != a.x && streams(a.y, run * size, touched);
+  const int64_t size = size_of(a.dtype), bytes = a.n * a.c * a.hw * size;
+  return a.y != a.x && streams(a.y, bytes, run * size, (a.residual ? 3 : 2) * bytes);
 }
 
 template <class T>

@@ -13,12 +13,6 @@ struct ImageLayout {
   bool channels_last;
 };
 
-// Fetches what is read next and the processor does not see coming.
-template <class T>
-inline void prefetch_run(const T* p, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, 0, 2);
-}
-
 template <class T>
 constexpr int64_t kLine = 64 / sizeof(T);
 

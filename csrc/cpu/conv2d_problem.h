@@ -60,7 +60,7 @@ struct ConvWork {
 
   int64_t out_bytes() const { return n * out_layout.channels * out_layout.pixels * int64_t(sizeof(T)); }
   // Whether results go past the caches, in runs of so many.
-  bool streams_runs(int64_t run) const { return streams(p.out, run * sizeof(T), out_bytes()); }
+  bool streams_runs(int64_t run) const { return streams(p.out, out_bytes(), run * sizeof(T), out_bytes()); }
   // ... in panels.
   bool streaming() const { return plain && results % kColumns == 0 && streams_runs(kColumns); }
   // In how many parts the panels are work items of their own, where there are too few others.

@@ -83,9 +83,9 @@ struct GroupGradient {
 };
 
 bool streams_backward(const GroupNormBackward& a, int64_t run) {
-  const int64_t size = size_of(a.dtype),
-                touched = (2 + (a.dx != nullptr) + (a.dresidual != nullptr)) * a.n * a.c * a.hw * size;
-  return streams(a.dx, run * size, touched) && streams(a.dresidual, run * size, touched);
+  const int64_t size = size_of(a.dtype), bytes = a.n * a.c * a.hw * size;
+  const int64_t touched = (2 + (a.dx != nullptr) + (a.dresidual != nullptr)) * bytes;
+  return streams(a.dx, bytes, run * size, touched) && streams(a.dresidual, bytes, run * size, touched);
 }
 
 // ---- Planes ---------------------------------------------------------------------------------------------------------

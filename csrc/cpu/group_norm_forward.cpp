@@ -30,8 +30,8 @@ void set_stats(const GroupNormForward& a, int64_t group, const Moments& m) {
 }
 
 bool streams_forward(const GroupNormForward& a, int64_t run) {
-  const int64_t size = size_of(a.dtype), touched = (a.residual ? 3 : 2) * a.n * a.c * a.hw * size;
-  return streams(a.y, run * size, touched);
+  const int64_t size = size_of(a.dtype), bytes = a.n * a.c * a.hw * size;
+  return streams(a.y, bytes, run * size, (a.residual ? 3 : 2) * bytes);
 }
 
 // ---- Planes ---------------------------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ struct Forward {
         parameters(a, static_cast<A*>(a.workspace)),
         h(static_cast<const T*>(a.addend ? a.sum : a.x)) {
     const int64_t run = (a.inner == 1 ? a.cols : a.inner) * sizeof(T);
-    const int64_t touched = (2 + (a.residual ? 1 : 0) + (a.addend ? 2 : 0)) * rows * a.cols * sizeof(T);
-    streaming = streams(a.y, run, touched);
+    const int64_t bytes = rows * a.cols * sizeof(T);
+    streaming = streams(a.y, bytes, run, (2 + (a.residual ? 1 : 0) + (a.addend ? 2 : 0)) * bytes);
   }
   // h of len elements from `at` on, where there is an addend.
   void add(int64_t at, int64_t len, int64_t read_ahead) const {

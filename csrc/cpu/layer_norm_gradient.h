@@ -63,8 +63,8 @@ struct Backward {
         with_parameters(a.dweight || a.dbias) {
     const int64_t run = (a.inner == 1 ? a.cols : a.inner) * sizeof(T);
     const int64_t streams_of_x = 2 + !!a.dsum + !!a.residual + !!a.dx + !!a.dresidual;
-    const int64_t touched = streams_of_x * plan.rows * a.cols * sizeof(T);
-    streaming = streams(a.dx, run, touched) && streams(a.dresidual, run, touched);
+    const int64_t bytes = plan.rows * a.cols * sizeof(T), touched = streams_of_x * bytes;
+    streaming = streams(a.dx, bytes, run, touched) && streams(a.dresidual, bytes, run, touched);
   }
   A mean(int64_t row) const { return a.rms ? A(0) : stats[row]; }
   A mean_low(int64_t row) const { return a.rms ? A(0) : stats[plan.rows + row]; }

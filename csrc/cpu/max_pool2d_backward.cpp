@@ -1,11 +1,13 @@
 // Max-pooling backward on the CPU: every dx gathers from the windows that it may have won; ../max_pool2d.h has the
 // rules.  Sums are taken window by window in memory's order, as torch does, in float32 (float64 for float64).
 //
-// Planes: inputs that are a stride apart meet the same taps of successive windows, so lanes are these and every tap is
+// Planes, 2 x 2 windows side by side and inside: a vector of dy is given to its four vectors of dx, in registers.
+// Planes, others: inputs that are a stride apart meet the same taps of successive windows, so lanes are these and every
+// tap is
 //   one load of dy and of the offsets.  Windows that overlap reach past the ends of their rows: such rows are read from
 //   a copy with zeros around it, some rows ahead, as what was just stored cannot be loaded at another place at once.
 // Channels ([n][h][w][c]): every input pixel takes its windows' pixels, some channels at a time, in registers; where
-//   windows do not overlap, every window's pixel goes to all of its inputs in the row.
+//   windows do not overlap, every window's pixel is given to all of its inputs in the row.
 // Floor: S / stride^2 and a byte per output read, S written.
 #include <algorithm>
 
@@ -231,7 +233,8 @@ void gather_planes(const MaxPool2dBackward& a, const AxisWindows& windows, char*
 
 // A row of input pixels.
 template <int kBytes, class T>
-void gather_pixels(const MaxPool2dBackward& a, int64_t n, int iy, const AxisWindows& y, const AxisWindows x) {
+void gather_pixels(const MaxPool2dBackward& a, int64_t n, int iy, const AxisWindows& y, const AxisWindows x,
+                   bool streaming) {
   using A = Accumulate<T>;
   constexpr int L = kPoolLanes, kVectors = 4;
   const PoolShape s = a.shape;  // a copy, as stores may change what is referred to
@@ -258,7 +261,9 @@ void gather_pixels(const MaxPool2dBackward& a, int64_t n, int iy, const AxisWind
         }
     }
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; v++) store_narrow<L>(dx + ix * s.c + channel + v * L, sum[v]);
+    for (int v = 0; v < kVectors; v++)
+      store_run<L>(dx + ix * s.c + channel + v * L, streaming,
+                   [&](T* p) __attribute__((always_inline)) { store_narrow<L>(p, sum[v]); });
   };
   constexpr std::integral_constant<int, 1> one;
   int ix = 0;
@@ -275,37 +280,113 @@ void gather_pixels(const MaxPool2dBackward& a, int64_t n, int iy, const AxisWind
   }
 }
 
-// Likewise of windows that do not overlap, with offsets of a byte.
-template <class T>
-void scatter_pixels(const MaxPool2dBackward& a, int64_t n, int iy, const AxisWindows& y) {
-  using A = Accumulate<T>;
+void gather_channels(const MaxPool2dBackward& a, const AxisWindows& y, const AxisWindows& x, bool streaming) {
+  with_type(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    parallel(a.threads, [&](Team team) {
+      for_rows(team, a.shape.n, a.shape.y.in, [&](int64_t n, int begin, int end) {
+        for (int iy = begin; iy < end; iy++)
+          a.shape.offset_bytes() == 1 ? gather_pixels<1, T>(a, n, iy, y, x, streaming)
+                                      : gather_pixels<0, T>(a, n, iy, y, x, streaming);
+      });
+    });
+  });
+}
+
+// ---- Windows that do not overlap ------------------------------------------------------------------------------------
+// Every dy goes to one dx: it is moved, not added.  Offsets are a byte.  B: an unsigned integer as wide as an element.
+
+// Bits of dy as they are when added to 0, which makes -0 into 0.
+template <int L, class B>
+[[gnu::always_inline]] inline Lanes<B, L> load_added(const B* dy) {
+  const auto v = load_lanes<L>(dy);
+  return v == lanes_of<L>(B(B(1) << (8 * sizeof(B) - 1))) ? Lanes<B, L>{} : v;
+}
+
+// Planes, 2 x 2 windows side by side and inside: rows [begin, end) of them.
+template <class B>
+void scatter_rows(const MaxPool2dBackward& a, int64_t plane, int begin, int end) {
+  const PoolAxis y = a.shape.y, x = a.shape.x;  // copies, as stores may change what is referred to
+  for (int64_t oy = begin; oy < end; oy++) {
+    const int64_t from = (plane * y.out + oy) * x.out;
+    const B* const dy = static_cast<const B*>(a.dy) + from;
+    const uint8_t* const offset = static_cast<const uint8_t*>(a.offset) + from;
+    B* const dx = static_cast<B*>(a.dx) + (plane * y.in + 2 * oy) * x.in;
+    constexpr int64_t kWriteAhead = 2048 / sizeof(B);
+    prefetch_run<true>(dx + kWriteAhead, int64_t(2) * x.in);
+    for_blocks(0, x.out, [&](auto lanes, int64_t o) __attribute__((always_inline)) {
+      constexpr int L = lanes;
+      const auto v = load_added<L>(dy + o);
+      const auto won = load_bytes<B, L>(offset + o);
+      auto taken = [&](int tap) { return won == lanes_of<L>(B(tap)) ? v : Lanes<B, L>{}; };
+#pragma GCC unroll 2
+      for (int row = 0; row < 2; row++) {
+        B* const to = dx + row * int64_t(x.in) + 2 * o;
+        const auto even = taken(2 * row), odd = taken(2 * row + 1);
+        if constexpr (L == 1) {
+          to[0] = even[0], to[1] = odd[0];
+        } else {
+          constexpr std::make_integer_sequence<int, L> all;
+          store_lanes(to, interleave<0>(even, odd, all)), store_lanes(to + L, interleave<L / 2>(even, odd, all));
+        }
+      }
+    });
+    for (int64_t i = int64_t(2) * x.out; i < x.in; i++) dx[i] = dx[x.in + i] = 0;
+  }
+  if (end == y.out) {
+    B* const dx = static_cast<B*>(a.dx) + plane * y.in * x.in;
+    std::fill(dx + int64_t(2) * y.out * x.in, dx + int64_t(y.in) * x.in, B(0));
+  }
+}
+
+// Channels: a row of input pixels.
+template <class B>
+void scatter_pixels(const MaxPool2dBackward& a, int64_t n, int iy, const AxisWindows& y, bool streaming) {
   const PoolShape s = a.shape;  // a copy, as stores may change what is referred to
   const Windows rows = y.of[iy];
-  T* const dx = static_cast<T*>(a.dx) + (n * s.y.in + iy) * s.x.in * s.c;
+  B* const dx = static_cast<B*>(a.dx) + (n * s.y.in + iy) * s.x.in * s.c;
   const bool covered = s.x.stride == s.x.kernel && s.x.pad == 0 && int64_t(s.x.out) * s.x.stride >= s.x.in;
-  if (!covered || rows.count == 0) std::fill_n(dx, s.x.in * s.c, T(0));
+  if (!covered || rows.count == 0) std::fill_n(dx, s.x.in * s.c, B(0));
   if (rows.count == 0) return;
   const int64_t first_row = (n * s.y.out + rows.first) * s.x.out;
-  const T* const dy = static_cast<const T*>(a.dy);
-  const void* const offset = a.offset;
-  const Tap<A> first_tap = Tap<A>(rows.tap) * s.x.kernel;
-  // L channels of a window.
-  auto scatter = [&](auto lanes, int ox, int64_t channel) __attribute__((always_inline)) {
+  const B* const dy = static_cast<const B*>(a.dy);
+  const uint8_t* const offset = static_cast<const uint8_t*>(a.offset);
+  const int first_tap = rows.tap * s.x.kernel;
+  // L channels of a window, to the inputs of its taps [first, end), which begin at `to`.
+  auto scatter = [&](auto lanes, int64_t at, B* to, int first, int end) __attribute__((always_inline)) {
     constexpr int L = lanes;
-    const int64_t at = (first_row + ox) * s.c + channel;
-    const auto won = load_offsets<1, L, A>(offset, 1, at);
-    const auto v = load_wide<L>(dy + at);
-    T* to = dx + (s.x.begin(ox) + s.x.first_tap(ox)) * s.c + channel;
-    for (int t = s.x.first_tap(ox); t < s.x.end_tap(ox); t++, to += s.c)
-      store_narrow<L>(to, won == lanes_of<L>(Tap<A>(first_tap + t)) ? v : Lanes<A, L>{});
+    const auto won = load_bytes<B, L>(offset + at);
+    const auto v = load_added<L>(dy + at);
+    for (int t = first; t < end; t++, to += s.c)
+      store_run<L>(to, streaming, [&](B* p) __attribute__((always_inline)) {
+        store_lanes(p, won == lanes_of<L>(B(first_tap + t)) ? v : Lanes<B, L>{});
+      });
   };
   int ox = 0;
   if (covered)
     with_spilling_lanes(s.c, [&](auto lanes) __attribute__((always_inline)) {
-      for (; ox + 1 < s.x.out; ox++) scatter(lanes, ox, 0);
+      int64_t at = first_row * s.c;
+      B* to = dx;
+      const int kernel = s.x.kernel;
+      for (; ox + 1 < s.x.out; ox++, at += s.c, to += kernel * s.c)
+        kernel == 2 ? scatter(lanes, at, to, 0, 2) : scatter(lanes, at, to, 0, kernel);
     });
-  for (; ox < s.x.out; ox++)
-    for_blocks(0, s.c, [&](auto lanes, int64_t i) __attribute__((always_inline)) { scatter(lanes, ox, i); });
+  for (; ox < s.x.out; ox++) {
+    const int first = s.x.first_tap(ox), end = s.x.end_tap(ox);
+    for_blocks(0, s.c, [&](auto lanes, int64_t c) __attribute__((always_inline)) {
+      scatter(lanes, (first_row + ox) * s.c + c, dx + (s.x.begin(ox) + first) * s.c + c, first, end);
+    });
+  }
+}
+
+// f(plane or sample, first row, end) on all threads.
+template <class F>
+void scatter(const MaxPool2dBackward& a, int rows, F f) {
+  with_bits(size_of(a.dtype), [&](auto bits) {
+    parallel(a.threads, [&](Team team) {
+      for_rows(team, a.shape.n, rows, [&](int64_t n, int begin, int end) { f(bits, n, begin, end); });
+    });
+  });
 }
 
 }  // namespace
@@ -324,24 +405,26 @@ void max_pool2d_backward(const MaxPool2dBackward& a) {
   prefer_huge_pages(a.dx, size_t(s.inputs() * size_of(a.dtype)));
   Arena scratch{a.workspace};
   const AxisWindows y(s.y, scratch), x(s.x, scratch);
+  auto is_apart = [](const PoolAxis& axis) { return axis.kernel <= axis.stride && axis.dilation == 1; };
+  auto are_pairs = [](const PoolAxis& axis) {
+    return axis.kernel == 2 && axis.stride == 2 && axis.dilation == 1 && axis.pad == 0 &&
+           2 * int64_t(axis.out) <= axis.in;
+  };
   if (s.c == 1) {
+    if (are_pairs(s.y) && are_pairs(s.x))
+      return scatter(a, s.y.out, [&](auto bits, int64_t plane, int begin, int end) {
+        scatter_rows<decltype(bits)>(a, plane, begin, end);
+      });
     char* const rings = scratch.begin + scratch.used;
     return a.dtype == DType::kFloat64 ? gather_planes<double>(a, y, rings) : gather_planes<float>(a, y, rings);
   }
-  with_type(a.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    auto is_apart = [](const PoolAxis& axis) { return axis.kernel <= axis.stride && axis.dilation == 1; };
-    const bool apart = is_apart(s.y) && is_apart(s.x);
-    parallel(a.threads, [&](Team team) {
-      for_rows(team, s.n, s.y.in, [&](int64_t n, int begin, int end) {
-        for (int iy = begin; iy < end; iy++)
-          if (s.offset_bytes() != 1)
-            gather_pixels<0, T>(a, n, iy, y, x);
-          else
-            apart ? scatter_pixels<T>(a, n, iy, y) : gather_pixels<1, T>(a, n, iy, y, x);
-      });
+  const int64_t size = size_of(a.dtype), bytes = s.inputs() * size;
+  const bool streaming = streams(a.dx, bytes, s.c * size, bytes + s.outputs() * (size + s.offset_bytes()));
+  if (s.offset_bytes() == 1 && is_apart(s.y) && is_apart(s.x))
+    return scatter(a, s.y.in, [&](auto bits, int64_t n, int begin, int end) {
+      for (int iy = begin; iy < end; iy++) scatter_pixels<decltype(bits)>(a, n, iy, y, streaming);
     });
-  });
+  gather_channels(a, y, x, streaming);
 }
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

@@ -34,6 +34,19 @@ void with_wanted(const MaxPool2dForward& a, F f) {
   a.offset || a.indices ? f(std::true_type()) : f(std::false_type());
 }
 
+// Which outputs of channels are written by streaming stores.
+struct PastCaches {
+  bool y = false, indices = false;
+
+  static PastCaches of(const MaxPool2dForward& a) {
+    const PoolShape& s = a.shape;
+    const int64_t size = size_of(a.dtype), wide = a.indices ? sizeof(int64_t) : 0, outputs = s.outputs();
+    const int64_t touched = s.inputs() * size + outputs * (size + (a.offset ? s.offset_bytes() : 0) + wide);
+    return {streams(a.y, outputs * size, s.c * size, touched),
+            a.indices && streams(a.indices, outputs * wide, s.c * wide, touched)};
+  }
+};
+
 // What is stored of the taps that won.  A copy of what is needed of the arguments, as stores may change those.
 struct Winners {
   PoolShape shape;
@@ -45,10 +58,11 @@ struct Winners {
   int column, row;  // from one tap's place to the next, and what is added for each row
   int next;         // from one tap's number() to the next
   float inverse;
+  PastCaches past_caches;
 
   // by_place: whether the kernel numbers taps by number(), as places where those are all that is wanted
-  explicit Winners(const MaxPool2dForward& a, bool by_place = false)
-      : shape(a.shape), offset(a.offset), indices(a.indices), bytes(a.shape.offset_bytes()) {
+  explicit Winners(const MaxPool2dForward& a, bool by_place = false, PastCaches past_caches = {})
+      : shape(a.shape), offset(a.offset), indices(a.indices), bytes(a.shape.offset_bytes()), past_caches(past_caches) {
     const PoolAxis &x = shape.x, &y = shape.y;
     fits = !is_huge(shape) && int64_t(y.kernel) * x.kernel <= 1 << 20;
     column = x.dilation, row = int(int64_t(y.dilation) * x.in - int64_t(x.kernel) * x.dilation);
@@ -81,11 +95,20 @@ struct Winners {
       const Int rows = __builtin_convertvector((__builtin_convertvector(t, Float) + 0.5f) * inverse, Int);
       index += t * (column - 1) + rows * row;
     }
-    store_lanes(indices + at, __builtin_convertvector(index, Lanes<int64_t, L>));
+    store_run<L>(indices + at, past_caches.indices, [&](int64_t* p) __attribute__((always_inline)) {
+      store_lanes(p, __builtin_convertvector(index, Lanes<int64_t, L>));
+    });
   }
 };
 
 // ---- Planes ---------------------------------------------------------------------------------------------------------
+
+// A row of windows ends before p: as much as the next one adds to it, from a little further on.
+template <class T>
+void fetch_rows(const T* p, const PoolShape& s) {
+  constexpr int64_t kAhead = 1024 / sizeof(T);  // in cycles a row's work may be less than memory takes
+  prefetch_run(p + kAhead, int64_t(s.y.stride) * s.x.in);
+}
 
 // A thread's rows, all of A or Tap<A>.
 template <class T>
@@ -216,6 +239,7 @@ void pool_plane(const MaxPool2dForward& a, const Ring<T>& ring, int64_t plane, i
     const int first = s.y.first_tap(oy), last = s.y.end_tap(oy);
     while (position(s.y, oy, first) - turn >= slots) turn += slots;
     int rows = 0;
+    fetch_rows(x + position(s.y, oy, s.y.kernel) * s.x.in, s);
     for (int t = first; t < last; t++) {
       const int h = int(position(s.y, oy, t)), slot = h - turn - (h - turn < slots ? 0 : slots);
       ring.rows[rows++] = {slot * ring.pitch, Tap<A>(t) * s.x.kernel};
@@ -251,6 +275,7 @@ void pool_small(const MaxPool2dForward& a, int64_t plane, int begin, int end) {
     const int place = winners.place(oy, 0);
     const T* const window = x + int64_t(s.y.begin(oy)) * s.x.in;
     const int from = s.y.first_tap(oy), until = s.y.end_tap(oy);
+    fetch_rows(window + int64_t(kKernel) * s.x.in, s);
     auto store = [&](auto lanes, int64_t o, const auto& best) __attribute__((always_inline)) {
       constexpr int L = lanes;
       store_narrow<L>(y + to + o, best.value);
@@ -347,15 +372,16 @@ template <int L, int kVectors, bool kTaps, class T>
   }
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; v++) {
-    store_narrow<L>(static_cast<T*>(a.y) + to + v * L, best[v].value);
+    store_run<L>(static_cast<T*>(a.y) + to + v * L, winners.past_caches.y,
+                 [&](T* p) __attribute__((always_inline)) { store_narrow<L>(p, best[v].value); });
     if constexpr (kTaps) winners.store<L>(to + v * L, oy, ox, place, 0, best[v].tap);
   }
 }
 
 template <bool kTaps, class T>
-void pool_pixels(const MaxPool2dForward& a, int64_t n, int oy) {
+void pool_pixels(const MaxPool2dForward& a, PastCaches past_caches, int64_t n, int oy) {
   constexpr int L = kPoolLanes, kVectors = 4;
-  const Winners winners(a, true);
+  const Winners winners(a, true, past_caches);
   const PoolShape& s = winners.shape;
   const T* const x = static_cast<const T*>(a.x) + (n * s.y.in + s.y.begin(oy)) * s.x.in * s.c;
   auto pool = [&](auto lanes, auto vectors, int ox, int place, int64_t c) __attribute__((always_inline)) {
@@ -394,10 +420,11 @@ void max_pool2d_forward(const MaxPool2dForward& a) {
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (s.c == 1) return pool_planes<T>(a);
+    const PastCaches past_caches = PastCaches::of(a);
     parallel(a.threads, [&](Team team) {
       for_rows(team, s.n, s.y.out, [&](int64_t n, int begin, int end) {
         with_wanted(a, [&](auto taps) {
-          for (int oy = begin; oy < end; oy++) pool_pixels<taps.value, T>(a, n, oy);
+          for (int oy = begin; oy < end; oy++) pool_pixels<taps.value, T>(a, past_caches, n, oy);
         });
       });
     });

@@ -80,6 +80,10 @@ template <class Wide, int L>
     return Lanes<Wide, L>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #endif
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  if constexpr (sizeof(Wide) == 2 && L == 16)
+    return Lanes<Wide, L>(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  if constexpr (sizeof(Wide) == 2 && L == 8)
+    return Lanes<Wide, L>(_mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   if constexpr (sizeof(Wide) == 4 && L == 8)
     return Lanes<Wide, L>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   if constexpr (sizeof(Wide) == 4 && L == 4) {

@@ -9,6 +9,7 @@
 
 #include "output.h"
 #include "parallel.h"
+#include "vector.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
@@ -39,14 +40,6 @@ int64_t unpool(const MaxUnpool2d& a, int64_t n, int64_t first, int64_t end) {
   return invalid;
 }
 
-int64_t unpool(const MaxUnpool2d& a, int64_t n, int64_t first, int64_t end) {
-  switch (a.element_bytes) {
-    case 8: return unpool<uint64_t>(a, n, first, end);
-    case 4: return unpool<uint32_t>(a, n, first, end);
-    default: return unpool<uint16_t>(a, n, first, end);
-  }
-}
-
 }  // namespace
 
 size_t max_unpool2d_workspace(const MaxUnpool2d& a) { return size_t(a.threads) * sizeof(int64_t); }
@@ -59,9 +52,12 @@ void max_unpool2d(const MaxUnpool2d& a) {
   parallel(a.threads, [&](Team team) {
     team.for_each(a.n * parts, [&](int64_t task) {
       const int64_t first = task % parts * step;
-      const int64_t at = unpool(a, task / parts, first, std::max(first, std::min(first + step, a.c)));
-      int64_t& mine = invalid[team.rank];
-      if (at >= 0 && (mine < 0 || at < mine)) mine = at;
+      with_bits(a.element_bytes, [&](auto zero) {
+        const int64_t end = std::max(first, std::min(first + step, a.c));
+        const int64_t at = unpool<decltype(zero)>(a, task / parts, first, end);
+        int64_t& mine = invalid[team.rank];
+        if (at >= 0 && (mine < 0 || at < mine)) mine = at;
+      });
     });
   });
   for (int i = 0; i < a.threads; i++)

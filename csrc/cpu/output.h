@@ -22,30 +22,53 @@ inline void prefer_huge_pages(void* p, size_t bytes) {
 #endif
 }
 
+// Whether memory was never written, by a page in its middle.  Then the system clears it when it is written first.
+inline bool is_fresh(const void* p, int64_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kLargestPage = 64 << 10;
+  const uintptr_t middle = (reinterpret_cast<uintptr_t>(p) + bytes / 2) / kLargestPage * kLargestPage;
+  unsigned char resident = 1;
+  return mincore(reinterpret_cast<void*>(middle), 1, &resident) == 0 && !(resident & 1);
+#else
+  return false;
+#endif
+}
+
 // What an operator may touch and still leave its output in the last-level cache.  Measured on a core complex with 32
 // MB; what processors report is of little use here, as it may be the sum over a socket or none of this core's.
 constexpr int64_t kCached = 20 << 20;
 
 // Whether an output is written by streaming stores: they save reading each line first and leave the caches to what is
 // still needed, but whoever reads the output next finds nothing there.  So only where all that the operator touches is
-// larger than the caches anyway, and every run of the output begins with a cache line.
-inline bool streams(const void* output, int64_t run_bytes, int64_t touched_bytes) {
+// larger than the caches anyway, and every run of the output begins with a cache line.  Not to fresh memory: its lines
+// are in the caches when they have been cleared, and would be written back first.
+inline bool streams(const void* output, int64_t bytes, int64_t run_bytes, int64_t touched_bytes) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-  return reinterpret_cast<uintptr_t>(output) % 64 == 0 && run_bytes % 64 == 0 && touched_bytes > kCached;
+  const bool whole_lines = reinterpret_cast<uintptr_t>(output) % 64 == 0 && run_bytes % 64 == 0;
+  return whole_lines && touched_bytes > kCached && !(output && is_fresh(output, bytes));
 #else
   return false;
 #endif
 }
 
-// A vector's bytes, past the caches where there are such stores; both places are aligned.
-inline void stream(void* to, const void* from) {
+// So many bytes, past the caches where there are such stores; both places are aligned to that, or to a cache line.
+template <size_t kBytes = sizeof(at::vec::Vectorized<float>)>
+[[gnu::always_inline]] inline void stream(void* to, const void* from) {
+  constexpr size_t kVector = sizeof(at::vec::Vectorized<float>);
+  if constexpr (kBytes > kVector) {
+    stream<kVector>(to, from);
+    return stream<kBytes - kVector>(static_cast<char*>(to) + kVector, static_cast<const char*>(from) + kVector);
+  }
 #if defined(CPU_CAPABILITY_AVX512)
-  _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_load_si512(from));
-#elif defined(CPU_CAPABILITY_AVX2)
-  _mm256_stream_si256(static_cast<__m256i*>(to), _mm256_load_si256(static_cast<const __m256i*>(from)));
-#else
-  std::memcpy(to, from, sizeof(at::vec::Vectorized<float>));
+  if constexpr (kBytes == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_load_si512(from));
 #endif
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  if constexpr (kBytes == 32)
+    return _mm256_stream_si256(static_cast<__m256i*>(to), _mm256_load_si256(static_cast<const __m256i*>(from)));
+  if constexpr (kBytes == 16)
+    return _mm_stream_si128(static_cast<__m128i*>(to), _mm_load_si128(static_cast<const __m128i*>(from)));
+#endif
+  std::memcpy(to, from, kBytes);
 }
 
 // A pack as for_packs() gives it, by streaming stores where that is asked for and possible.

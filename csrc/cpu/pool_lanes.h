@@ -9,6 +9,7 @@
 
 #include "../pool.h"
 #include "arena.h"
+#include "output.h"
 #include "parallel.h"
 #include "vector.h"
 
@@ -157,6 +158,20 @@ template <int L, class T>
 #endif
     for (int i = 0; i < L; i++) p[i] = T(v[i]);
   }
+}
+
+// store(p), which stores L elements there, or past the caches where that is asked for and possible: the run of vectors
+// that p is in then begins with a cache line and fills its last one.
+template <int L, class T, class F>
+[[gnu::always_inline]] inline void store_run(T* p, bool streaming, F store) {
+  if constexpr (L == kPoolLanes) {
+    if (streaming) {
+      alignas(64) T line[L];  // stays in registers
+      store(line);
+      return stream<sizeof(line)>(p, line);
+    }
+  }
+  store(p);
 }
 
 // body(plane, begin, end) for all rows of all planes: whole planes if there are enough of them for the team, else

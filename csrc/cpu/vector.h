@@ -250,6 +250,12 @@ inline void prefetch(const T* p) {
     __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, kWrite, 2);
 }
 
+// Fetches what is read or written next and the processor does not see coming.
+template <bool kWrite = false, class T>
+inline void prefetch_run(const T* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, kWrite, 2);
+}
+
 // ---- Bits -----------------------------------------------------------------------------------------------------------
 
 // A span's bits begin with a byte; these are the bits of a pack as for_packs() gives it.  Little-endian, as every
@@ -313,6 +319,16 @@ inline void with_type(DType t, F f) {
     case DType::kFloat32: return f(float());
     case DType::kFloat16: return f(c10::Half());
     case DType::kBFloat16: return f(c10::BFloat16());
+  }
+}
+
+// f(0) of the unsigned integer of so many bytes: elements that are only moved.
+template <class F>
+inline void with_bits(int64_t bytes, F f) {
+  switch (bytes) {
+    case 8: return f(uint64_t());
+    case 4: return f(uint32_t());
+    default: return f(uint16_t());
   }
 }
 
