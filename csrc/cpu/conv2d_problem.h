@@ -60,7 +60,10 @@ struct ConvWork {
 
   int64_t out_bytes() const { return n * out_layout.channels * out_layout.pixels * int64_t(sizeof(T)); }
   // Whether results go past the caches, in runs of so many.
-  bool streams_runs(int64_t run) const { return streams(p.out, out_bytes(), run * sizeof(T), out_bytes()); }
+  bool streams_runs(int64_t run) const {
+    const int64_t in_turn = p.shape.channels_last ? 0 : out_bytes() / std::max<int64_t>(n, 1);
+    return streams(p.out, out_bytes(), run * sizeof(T), out_bytes(), in_turn);
+  }
   // ... in panels.
   bool streaming() const { return plain && results % kColumns == 0 && streams_runs(kColumns); }
   // In how many parts the panels are work items of their own, where there are too few others.

@@ -41,11 +41,13 @@ constexpr int64_t kCached = 20 << 20;
 // Whether an output is written by streaming stores: they save reading each line first and leave the caches to what is
 // still needed, but whoever reads the output next finds nothing there.  So only where all that the operator touches is
 // larger than the caches anyway, and every run of the output begins with a cache line.  Not to fresh memory: its lines
-// are in the caches when they have been cleared, and would be written back first.
-inline bool streams(const void* output, int64_t bytes, int64_t run_bytes, int64_t touched_bytes) {
+// are in the caches when they have been cleared, and would be written back first; unless so much is written a bit of
+// each in turn that they are not there any more.
+inline bool streams(const void* output, int64_t bytes, int64_t run_bytes, int64_t touched_bytes, int64_t in_turn = 0) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   const bool whole_lines = reinterpret_cast<uintptr_t>(output) % 64 == 0 && run_bytes % 64 == 0;
-  return whole_lines && touched_bytes > kCached && !(output && is_fresh(output, bytes));
+  constexpr int64_t kCleared = 4 << 20;
+  return whole_lines && touched_bytes > kCached && (!output || in_turn > kCleared || !is_fresh(output, bytes));
 #else
   return false;
 #endif
