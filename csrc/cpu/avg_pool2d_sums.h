@@ -90,13 +90,6 @@ inline bool is_whole(const PoolShape& s) {
   auto whole = [](const PoolAxis& a) { return a.out == 1 && a.begin(0) + int64_t(a.kernel) >= a.in; };
   return whole(s.y) && whole(s.x);
 }
-// Whether all windows are 2 x 2, side by side and inside.
-inline bool has_pairs(const PoolShape& s) {
-  auto pairs = [](const PoolAxis& a) {
-    return a.kernel == 2 && a.stride == 2 && a.pad == 0 && 2 * int64_t(a.out) <= a.in;
-  };
-  return pairs(s.y) && pairs(s.x);
-}
 
 // ---- The end of memory ----------------------------------------------------------------------------------------------
 

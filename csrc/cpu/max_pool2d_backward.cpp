@@ -280,6 +280,7 @@ void gather_pixels(const MaxPool2dBackward& a, int64_t n, int iy, const AxisWind
   }
 }
 
+// All samples' rows.
 void gather_channels(const MaxPool2dBackward& a, const AxisWindows& y, const AxisWindows& x, bool streaming) {
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -369,7 +370,7 @@ void scatter_pixels(const MaxPool2dBackward& a, int64_t n, int iy, const AxisWin
       B* to = dx;
       const int kernel = s.x.kernel;
       for (; ox + 1 < s.x.out; ox++, at += s.c, to += kernel * s.c)
-        kernel == 2 ? scatter(lanes, at, to, 0, 2) : scatter(lanes, at, to, 0, kernel);
+        kernel == 2 ? scatter(lanes, at, to, 0, 2) : scatter(lanes, at, to, 0, kernel);  // 2 is unrolled
     });
   for (; ox < s.x.out; ox++) {
     const int first = s.x.first_tap(ox), end = s.x.end_tap(ox);
@@ -379,9 +380,9 @@ void scatter_pixels(const MaxPool2dBackward& a, int64_t n, int iy, const AxisWin
   }
 }
 
-// f(plane or sample, first row, end) on all threads.
+// f(B(), plane or sample, first row, end) on all threads.
 template <class F>
-void scatter(const MaxPool2dBackward& a, int rows, F f) {
+void for_rows_of_bits(const MaxPool2dBackward& a, int rows, F f) {
   with_bits(size_of(a.dtype), [&](auto bits) {
     parallel(a.threads, [&](Team team) {
       for_rows(team, a.shape.n, rows, [&](int64_t n, int begin, int end) { f(bits, n, begin, end); });
@@ -392,6 +393,7 @@ void scatter(const MaxPool2dBackward& a, int rows, F f) {
 }  // namespace
 
 size_t max_pool2d_backward_workspace(const MaxPool2dBackward& a) {
+  if (a.shape.c == 1 && has_pairs(a.shape)) return 0;
   Arena scratch{nullptr};
   AxisWindows(a.shape.y, scratch), AxisWindows(a.shape.x, scratch);
   size_t bytes = 0;
@@ -403,25 +405,21 @@ size_t max_pool2d_backward_workspace(const MaxPool2dBackward& a) {
 void max_pool2d_backward(const MaxPool2dBackward& a) {
   const PoolShape& s = a.shape;
   prefer_huge_pages(a.dx, size_t(s.inputs() * size_of(a.dtype)));
+  if (s.c == 1 && has_pairs(s))
+    return for_rows_of_bits(a, s.y.out, [&](auto bits, int64_t plane, int begin, int end) {
+      scatter_rows<decltype(bits)>(a, plane, begin, end);
+    });
   Arena scratch{a.workspace};
   const AxisWindows y(s.y, scratch), x(s.x, scratch);
-  auto is_apart = [](const PoolAxis& axis) { return axis.kernel <= axis.stride && axis.dilation == 1; };
-  auto are_pairs = [](const PoolAxis& axis) {
-    return axis.kernel == 2 && axis.stride == 2 && axis.dilation == 1 && axis.pad == 0 &&
-           2 * int64_t(axis.out) <= axis.in;
-  };
   if (s.c == 1) {
-    if (are_pairs(s.y) && are_pairs(s.x))
-      return scatter(a, s.y.out, [&](auto bits, int64_t plane, int begin, int end) {
-        scatter_rows<decltype(bits)>(a, plane, begin, end);
-      });
     char* const rings = scratch.begin + scratch.used;
     return a.dtype == DType::kFloat64 ? gather_planes<double>(a, y, rings) : gather_planes<float>(a, y, rings);
   }
   const int64_t size = size_of(a.dtype), bytes = s.inputs() * size;
   const bool streaming = streams(a.dx, bytes, s.c * size, bytes + s.outputs() * (size + s.offset_bytes()));
+  auto is_apart = [](const PoolAxis& axis) { return axis.kernel <= axis.stride && axis.dilation == 1; };
   if (s.offset_bytes() == 1 && is_apart(s.y) && is_apart(s.x))
-    return scatter(a, s.y.in, [&](auto bits, int64_t n, int begin, int end) {
+    return for_rows_of_bits(a, s.y.in, [&](auto bits, int64_t n, int begin, int end) {
       for (int iy = begin; iy < end; iy++) scatter_pixels<decltype(bits)>(a, n, iy, y, streaming);
     });
   gather_channels(a, y, x, streaming);

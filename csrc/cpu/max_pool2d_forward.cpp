@@ -103,11 +103,13 @@ struct Winners {
 
 // ---- Planes ---------------------------------------------------------------------------------------------------------
 
-// A row of windows ends before p: as much as the next one adds to it, from a little further on.
+// A row of windows ends before p: as many rows as the next one adds, from a little further on, as a short row takes
+// less time than a fetch.
 template <class T>
 void fetch_rows(const T* p, const PoolShape& s) {
-  constexpr int64_t kAhead = 1024 / sizeof(T);  // in cycles a row's work may be less than memory takes
-  prefetch_run(p + kAhead, int64_t(s.y.stride) * s.x.in);
+  constexpr int64_t kAhead = 1024 / sizeof(T);
+  const int64_t rows = std::min(s.y.stride, s.y.kernel);
+  prefetch_run(p + (s.y.stride - rows) * s.x.in + kAhead, rows * s.x.in);
 }
 
 // A thread's rows, all of A or Tap<A>.

@@ -53,8 +53,8 @@ inline bool streams(const void* output, int64_t bytes, int64_t run_bytes, int64_
 #endif
 }
 
-// So many bytes, past the caches where there are such stores; both places are aligned to that, or to a cache line.
-template <size_t kBytes = sizeof(at::vec::Vectorized<float>)>
+// So many bytes, past the caches where there are such stores; both places are aligned to that, or to a vector.
+template <size_t kBytes>
 [[gnu::always_inline]] inline void stream(void* to, const void* from) {
   constexpr size_t kVector = sizeof(at::vec::Vectorized<float>);
   if constexpr (kBytes > kVector) {
@@ -73,28 +73,30 @@ template <size_t kBytes = sizeof(at::vec::Vectorized<float>)>
   std::memcpy(to, from, kBytes);
 }
 
-// A pack as for_packs() gives it, by streaming stores where that is asked for and possible.
+// store(p), which stores L elements there, by streaming stores where that is asked for.
+template <int64_t L, class T, class F>
+[[gnu::always_inline]] inline void store_run(T* p, bool streaming, F store) {
+  if (!streaming) return store(p);
+  alignas(64) T line[L];  // stays in registers
+  store(line);
+  stream<sizeof(line)>(p, line);
+}
+
+// A pack as for_packs() gives it, likewise where it is whole.
 template <class T, class Count, class Again>
 inline void store_output(T* p, Pack<Accumulate<T>> v, Count count, Again, bool streaming) {
-  if constexpr (!std::is_same_v<Count, int64_t> && std::is_same_v<Again, Zero>) {
-    if (streaming) {
-      alignas(64) T line[kLanes<T>];  // stays in registers
-      store(line, v, count);
-      constexpr int64_t kStep = sizeof(at::vec::Vectorized<float>) / sizeof(T);
-      for (int64_t i = 0; i < kLanes<T>; i += kStep) stream(p + i, line + i);
-      return;
-    }
-  }
-  store(p, v, count);
+  constexpr bool kWhole = !std::is_same_v<Count, int64_t> && std::is_same_v<Again, Zero>;
+  auto put = [&](T* to) __attribute__((always_inline)) { store(to, v, count); };
+  if constexpr (kWhole)
+    store_run<kLanes<T>>(p, streaming, put);
+  else
+    put(p);
 }
 
 // One vector, likewise.
 template <class A>
 inline void store_vector(A* p, at::vec::Vectorized<A> v, bool streaming) {
-  if (!streaming) return v.store(p);
-  alignas(64) A line[v.size()];  // stays in registers
-  v.store(line);
-  stream(p, line);
+  store_run<v.size()>(p, streaming, [&](A* to) __attribute__((always_inline)) { v.store(to); });
 }
 
 // Before other threads may read what was streamed.

@@ -9,7 +9,6 @@
 
 #include "../pool.h"
 #include "arena.h"
-#include "output.h"
 #include "parallel.h"
 #include "vector.h"
 
@@ -70,6 +69,14 @@ template <int kFirst, class V, int... i>
 [[gnu::always_inline]] inline V interleave(V a, V b, std::integer_sequence<int, i...>) {
   constexpr int L = sizeof...(i);
   return __builtin_shufflevector(a, b, (kFirst + i / 2 + i % 2 * L)...);
+}
+
+// Whether all windows are 2 x 2, side by side and inside.
+inline bool has_pairs(const PoolShape& s) {
+  auto pairs = [](const PoolAxis& a) {
+    return a.kernel == 2 && a.stride == 2 && a.dilation == 1 && a.pad == 0 && 2 * int64_t(a.out) <= a.in;
+  };
+  return pairs(s.y) && pairs(s.x);
 }
 
 // ---- 16-bit types ---------------------------------------------------------------------------------------------------
@@ -158,20 +165,6 @@ template <int L, class T>
 #endif
     for (int i = 0; i < L; i++) p[i] = T(v[i]);
   }
-}
-
-// store(p), which stores L elements there, or past the caches where that is asked for and possible: the run of vectors
-// that p is in then begins with a cache line and fills its last one.
-template <int L, class T, class F>
-[[gnu::always_inline]] inline void store_run(T* p, bool streaming, F store) {
-  if constexpr (L == kPoolLanes) {
-    if (streaming) {
-      alignas(64) T line[L];  // stays in registers
-      store(line);
-      return stream<sizeof(line)>(p, line);
-    }
-  }
-  store(p);
 }
 
 // body(plane, begin, end) for all rows of all planes: whole planes if there are enough of them for the team, else

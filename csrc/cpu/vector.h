@@ -244,16 +244,16 @@ inline P keep(P lanes, P v, Count, Again) {
   return v;
 }
 
-template <class T, bool kWrite = false>
-inline void prefetch(const T* p) {
-  for (int64_t byte = 0; byte < int64_t(sizeof(T)) * kLanes<T>; byte += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, kWrite, 2);
-}
-
 // Fetches what is read or written next and the processor does not see coming.
 template <bool kWrite = false, class T>
 inline void prefetch_run(const T* p, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, kWrite, 2);
+}
+
+// A pack's.
+template <class T, bool kWrite = false>
+inline void prefetch(const T* p) {
+  prefetch_run<kWrite>(p, kLanes<T>);
 }
 
 // ---- Bits -----------------------------------------------------------------------------------------------------------
