@@ -30,7 +30,7 @@ Tensor avg_pool2d_forward(const Tensor& x_in, at::IntArrayRef kernel, at::IntArr
   TORCH_CHECK_INDEX(x_in.dim() >= 3, kOp, ": 3D or 4D (batch mode) tensor expected for input, got shape ",
                     shape_text(x_in));  // torch's class for these alone
   const PoolView view(x_in, window);
-  Tensor y = at::empty_symint(view.output_sizes(x_in), x_in.options().memory_format(view.format));
+  Tensor y = empty_tensor(view.output_sizes(x_in), x_in.options().memory_format(view.format));
   const Device device = device_of(x_in, kOp);
   if (device != Device::kMeta && x_in.numel() != 0) {
     const Tensor x = x_in.contiguous(view.format);

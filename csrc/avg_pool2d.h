@@ -21,6 +21,8 @@ struct AvgPool2d {
   void* workspace;         // ..._workspace() bytes
   int threads;             // at most, for the CPU kernels
 
+  bool narrow_will_do() const { return shape.narrow_will_do(); }
+
   // The positions of window o that are inside: from the first to before the end, if that is larger.
   FASTNORM_HOST_DEVICE static int first_inside(const PoolAxis& axis, int o) {
     const int begin = axis.begin(o);

@@ -3,6 +3,7 @@
 // The two operators are linear, and each is the other's derivative, forward mode included: a node keeps the shape.
 #ifndef FASTNORM_CUDA_EMULATION
 #include "norm_autograd.h"
+#include "pool_host.h"
 #include "python_ints.h"
 
 namespace fastnorm {
@@ -16,19 +17,20 @@ constexpr const char *kOp = "avg_pool2d", *kForward = "fastnorm::avg_pool2d_forw
                      *kBackward = "fastnorm::avg_pool2d_backward";
 
 struct Pooling {
-  std::vector<int64_t> kernel, stride, padding;
-  bool ceil_mode, count_include_pad;
+  Window2d window;
+  bool count_include_pad;
   Divisor divisor;
   c10::SymInt height, width;  // of x
   bool channels_last;
 
   Tensor pool(const Tensor& x) const {
     static const auto op = find_operator<ForwardOp>(kForward);
-    return op.call(x, kernel, stride, padding, ceil_mode, count_include_pad, divisor);
+    return op.call(x, window.kernel, window.stride, window.pad, window.ceil_mode, count_include_pad, divisor);
   }
   Tensor spread(const Tensor& dy) const {
     static const auto op = find_operator<BackwardOp>(kBackward);
-    return op.call(dy, height, width, kernel, stride, padding, ceil_mode, count_include_pad, divisor, channels_last);
+    return op.call(dy, height, width, window.kernel, window.stride, window.pad, window.ceil_mode, count_include_pad,
+                   divisor, channels_last);
   }
 };
 
@@ -75,7 +77,7 @@ Tensor forward(c10::DispatchKeySet keys, const Tensor& x, Ints kernel, Ints stri
   }();
   if (is_recorded(x))
     record(y, x, false,
-           {kernel.vec(), stride.vec(), padding.vec(), ceil_mode, count_include_pad, divisor, x.sym_size(-2),
+           {Window2d(kOp, kernel, stride, padding, {1}, ceil_mode), count_include_pad, divisor, x.sym_size(-2),
             x.sym_size(-1), x.suggest_memory_format() == at::MemoryFormat::ChannelsLast});
   return y;
 }
@@ -91,7 +93,7 @@ Tensor backward(c10::DispatchKeySet keys, const Tensor& dy, c10::SymInt height, 
   }();
   if (is_recorded(dy))
     record(dx, dy, true,
-           {kernel.vec(), stride.vec(), padding.vec(), ceil_mode, count_include_pad, divisor, height, width,
+           {Window2d(kOp, kernel, stride, padding, {1}, ceil_mode), count_include_pad, divisor, height, width,
             channels_last});
   return dx;
 }

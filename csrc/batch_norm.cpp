@@ -27,6 +27,7 @@ struct View {
     if (hw == 1) channels_last = true;  // both layouts are the same memory, and rows are the faster kernel
   }
   Tensor dense(const Tensor& t) const { return t.contiguous(format); }
+  Tensor like(const Tensor& x) const { return empty_tensor(x.sym_sizes(), x.options().memory_format(format)); }
   // How many elements lie between two samples of t or, channels_last, two pixels, if it is dense but for those, as a
   // slice of channels is.
   std::optional<int64_t> gap(const Tensor& t) const {
@@ -92,11 +93,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_in, const OptionalTen
   const Tensor x = gap ? x_in : view.dense(x_in);
   const OptionalTensor residual = residual_in ? OptionalTensor(view.dense(*residual_in)) : residual_in;
   const auto options = x.options().memory_format(at::MemoryFormat::Contiguous);
-  Tensor y = in_place && device == Device::kCpu && dense ? x_in
-             : gap                                       ? at::empty_like(x, x.options().memory_format(view.format))
-                                                         : at::empty_like(x);
-  Tensor stats = at::empty_symint({3, view.c}, options.dtype(accumulate_scalar_type(x.scalar_type())));
-  Tensor mask = at::empty_symint({save_mask ? view.mask_bytes() : c10::SymInt(0)}, options.dtype(at::kByte));
+  Tensor y = in_place && device == Device::kCpu && dense ? x_in : view.like(x);
+  Tensor stats = empty_tensor({3, view.c}, options.dtype(accumulate_scalar_type(x.scalar_type())));
+  Tensor mask = empty_tensor(save_mask ? view.mask_bytes() : 0, options.dtype(at::kByte));
   if (device == Device::kMeta) return {y, stats, mask};
 
   auto finish = [&] {
@@ -157,12 +156,12 @@ Tensor batch_norm_statistics(const Tensor& x_in) {
   const DType dtype = dtype_of(x_in, kOp, "input");
   const Tensor x = view.dense(x_in);
   const auto options = x.options().memory_format(at::MemoryFormat::Contiguous);
-  Tensor moments = at::empty_symint({2, view.c}, options.dtype(at::kDouble));
+  Tensor moments = empty_tensor({2, view.c}, options.dtype(at::kDouble));
   const Device device = device_of(x, kOp);
   if (device == Device::kMeta) return moments;
   moments.zero_();
   if (x.numel() == 0) return moments;
-  const Tensor stats = at::empty_symint({3, view.c}, options.dtype(accumulate_scalar_type(x.scalar_type())));
+  const Tensor stats = empty_tensor({3, view.c}, options.dtype(accumulate_scalar_type(x.scalar_type())));
   BatchNormForward a{};
   a.n = view.n.expect_int(), a.c = view.c.expect_int(), a.hw = view.hw.expect_int();
   a.channels_last = view.channels_last, a.dtype = dtype, a.param_dtype = accumulate_type(dtype);
@@ -196,10 +195,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy_in, const T
   const auto param_options = options.dtype(parameter_scalar_type(weight_in, bias_in, x));
   const Device device = device_of(x, kOp);
   in_place = in_place && output_mask[0] && training && device == Device::kCpu && dy_in.is_contiguous(view.format);
-  Tensor dx = in_place ? dy_in : output_mask[0] ? at::empty_like(x) : at::empty({0}, options);
-  Tensor dresidual = output_mask[1] ? at::empty_like(x) : at::empty({0}, options);
-  Tensor dweight = at::empty_symint({output_mask[2] ? view.c : c10::SymInt(0)}, param_options);
-  Tensor dbias = at::empty_symint({output_mask[3] ? view.c : c10::SymInt(0)}, param_options);
+  Tensor dx = in_place ? dy_in : output_mask[0] ? view.like(x) : empty_tensor(0, options);
+  Tensor dresidual = output_mask[1] ? view.like(x) : empty_tensor(0, options);
+  Tensor dweight = empty_tensor(output_mask[2] ? view.c : 0, param_options);
+  Tensor dbias = empty_tensor(output_mask[3] ? view.c : 0, param_options);
   if (device == Device::kMeta) return {dx, dresidual, dweight, dbias};
   if (x.numel() == 0) {
     dweight.zero_(), dbias.zero_();

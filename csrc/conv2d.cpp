@@ -257,9 +257,9 @@ Tensor conv2d_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
   const Device device = device_of(x, kOp);
   const auto format = format_of(x, weight);
   auto empty = [&] {
-    return at::empty_symint({x.sym_size(0), weight.sym_size(0), window.output(x.sym_size(2), weight.sym_size(2), 0),
-                             window.output(x.sym_size(3), weight.sym_size(3), 1)},
-                            x.options().memory_format(format));
+    return empty_tensor({x.sym_size(0), weight.sym_size(0), window.output(x.sym_size(2), weight.sym_size(2), 0),
+                         window.output(x.sym_size(3), weight.sym_size(3), 1)},
+                        x.options().memory_format(format));
   };
   const auto forced = algorithm_of(algorithm);
   if (device == Device::kMeta) return empty();
@@ -305,14 +305,14 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& dy, const Tenso
   const auto forced = algorithm_of(algorithm);
   const Device device = device_of(x, kOp);
   const auto plain = x.options().memory_format(at::MemoryFormat::Contiguous);
-  auto empty_dx = [&] { return at::empty_symint(x.sym_sizes(), x.options().memory_format(format)); };
+  auto empty_dx = [&] { return empty_tensor(x.sym_sizes(), x.options().memory_format(format)); };
   const auto dweight_format = weight.suggest_memory_format();  // in another autograd would copy it
-  auto empty_dweight = [&](at::MemoryFormat f) { return at::empty_symint(weight.sym_sizes(), plain.memory_format(f)); };
-  auto empty_dbias = [&] { return at::empty_symint({weight.sym_size(0)}, plain); };
+  auto empty_dweight = [&](at::MemoryFormat f) { return empty_tensor(weight.sym_sizes(), plain.memory_format(f)); };
+  auto empty_dbias = [&] { return empty_tensor(weight.sym_size(0), plain); };
   Tensor result[3];
   auto results = [&] {
     for (auto& t : result)
-      if (!t.defined()) t = at::empty({0}, plain);
+      if (!t.defined()) t = empty_tensor(0, plain);
     return std::tuple(result[0], result[1], result[2]);
   };
   const auto [want_dx, want_dweight, want_dbias] = output_mask;

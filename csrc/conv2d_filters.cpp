@@ -1,7 +1,6 @@
 // The store of packed weights.  A weight counts as the same if its tensor, its version and every bit of it are:
 // versions alone do not tell, as `weight.data.mul_(2)` leaves them as they are.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <c10/core/TensorImpl.h>
 
 #include <algorithm>
@@ -137,7 +136,7 @@ PackedFilters::PackedFilters(const Tensor& weight, ConvAlgorithm algorithm, int6
   if (!packed_.defined()) {
     const int64_t wanted = int64_t(bytes());
     if (wanted == 0 || wanted > room) return;
-    packed_ = at::empty({wanted}, weight.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
+    packed_ = empty_tensor(wanted, weight.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
     content_ = fingerprint(weight);
     return;
   }

@@ -27,6 +27,7 @@ struct View {
                 ", got an input of shape ", shape_text(x));
   }
   Tensor dense(const Tensor& t) const { return t.contiguous(format); }
+  Tensor like(const Tensor& x) const { return empty_tensor(x.sym_sizes(), x.options().memory_format(format)); }
   c10::SymInt mask_bytes() const { return group_norm_mask_bytes(n, c, hw, channels_last); }
 
   at::MemoryFormat format;
@@ -58,9 +59,9 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(const Tensor& x_in, const 
 
   const Tensor x = view.dense(x_in);
   const auto options = x.options().memory_format(at::MemoryFormat::Contiguous);
-  Tensor y = at::empty_like(x);
-  Tensor stats = at::empty_symint({4, view.n * groups}, options.dtype(accumulate_scalar_type(x.scalar_type())));
-  Tensor mask = at::empty_symint({save_mask ? view.mask_bytes() : c10::SymInt(0)}, options.dtype(at::kByte));
+  Tensor y = view.like(x);
+  Tensor stats = empty_tensor({4, view.n * groups}, options.dtype(accumulate_scalar_type(x.scalar_type())));
+  Tensor mask = empty_tensor(save_mask ? view.mask_bytes() : 0, options.dtype(at::kByte));
   const Device device = device_of(x, kOp);
   if (device != Device::kMeta && x.numel() == 0) {
     stats.zero_();
@@ -95,10 +96,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_backward(
   const Tensor x = view.dense(x_in);
   const auto options = x.options().memory_format(at::MemoryFormat::Contiguous);
   const auto param_options = options.dtype(parameter_scalar_type(weight_in, bias_in, x));
-  Tensor dx = output_mask[0] ? at::empty_like(x) : at::empty({0}, options);
-  Tensor dresidual = output_mask[1] ? at::empty_like(x) : at::empty({0}, options);
-  Tensor dweight = at::empty_symint({output_mask[2] ? view.c : c10::SymInt(0)}, param_options);
-  Tensor dbias = at::empty_symint({output_mask[3] ? view.c : c10::SymInt(0)}, param_options);
+  Tensor dx = output_mask[0] ? view.like(x) : empty_tensor(0, options);
+  Tensor dresidual = output_mask[1] ? view.like(x) : empty_tensor(0, options);
+  Tensor dweight = empty_tensor(output_mask[2] ? view.c : 0, param_options);
+  Tensor dbias = empty_tensor(output_mask[3] ? view.c : 0, param_options);
   const Device device = device_of(x, kOp);
   if (device != Device::kMeta && x.numel() == 0) {
     dweight.zero_(), dbias.zero_();

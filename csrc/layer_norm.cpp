@@ -34,7 +34,7 @@ struct View {
     if (channels && suggested != at::MemoryFormat::Contiguous) format = suggested, outer = outer * inner, inner = 1;
   }
   Tensor dense(const Tensor& t) const { return t.contiguous(format); }
-  Tensor like(const Tensor& x) const { return at::empty_like(x, x.options().memory_format(format)); }
+  Tensor like(const Tensor& x) const { return empty_tensor(x.sym_sizes(), x.options().memory_format(format)); }
   // Results are channels_last if the input was, whatever the kernels read.
   Tensor restored(const Tensor& t) const { return t.contiguous(suggested); }
   c10::SymInt rows() const { return outer * inner; }
@@ -71,9 +71,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_forward(
   const Tensor x = view.dense(x_in);
   const auto options = x.options().memory_format(at::MemoryFormat::Contiguous);
   Tensor y = view.like(x);
-  Tensor sum = addend_in ? view.like(x) : at::empty({0}, options);
-  Tensor stats = at::empty_symint({rms ? 1 : 3, view.rows()}, options.dtype(accumulate_scalar_type(x.scalar_type())));
-  Tensor mask = at::empty_symint({save_mask ? view.mask_bytes() : c10::SymInt(0)}, options.dtype(at::kByte));
+  Tensor sum = addend_in ? view.like(x) : empty_tensor(0, options);
+  Tensor stats = empty_tensor({rms ? 1 : 3, view.rows()}, options.dtype(accumulate_scalar_type(x.scalar_type())));
+  Tensor mask = empty_tensor(save_mask ? view.mask_bytes() : 0, options.dtype(at::kByte));
   const Device device = device_of(x, op);
   if (device != Device::kMeta && x.numel() == 0) {
     stats.zero_();
@@ -113,11 +113,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(
   const Tensor x = view.dense(x_in);
   const auto options = x.options().memory_format(at::MemoryFormat::Contiguous);
   const auto param_options = options.dtype(parameter_scalar_type(weight_in, bias_in, x));
-  const std::vector<c10::SymInt> none{0};
-  Tensor dx = output_mask[0] ? view.like(x) : at::empty({0}, options);
-  Tensor dresidual = output_mask[1] ? view.like(x) : at::empty({0}, options);
-  Tensor dweight = at::empty_symint(output_mask[2] ? normalized_shape : c10::SymIntArrayRef(none), param_options);
-  Tensor dbias = at::empty_symint(output_mask[3] ? normalized_shape : c10::SymIntArrayRef(none), param_options);
+  const c10::SymInt none = 0;
+  Tensor dx = output_mask[0] ? view.like(x) : empty_tensor(0, options);
+  Tensor dresidual = output_mask[1] ? view.like(x) : empty_tensor(0, options);
+  Tensor dweight = empty_tensor(output_mask[2] ? normalized_shape : c10::SymIntArrayRef(none), param_options);
+  Tensor dbias = empty_tensor(output_mask[3] ? normalized_shape : c10::SymIntArrayRef(none), param_options);
   const Device device = device_of(x, op);
   if (device != Device::kMeta && x.numel() == 0) {
     dweight.zero_(), dbias.zero_();

@@ -35,6 +35,9 @@ Int layer_norm_mask_bytes(Int outer, Int cols, Int inner) {
   return inner == 1 ? outer * ((cols + 7) / 8) : outer * cols * ((inner + 7) / 8);
 }
 
+// As cpu/isa.h has it; by the length of a row, whose result does not depend on how many there are.
+inline bool layer_norm_narrow_will_do(int64_t cols) { return cols <= 32; }
+
 struct LayerNormForward {
   int64_t outer, cols, inner;
   DType dtype;        // of x, addend, residual, sum, y
@@ -53,6 +56,8 @@ struct LayerNormForward {
   uint8_t* mask;    // layer_norm_mask_bytes() or null: not wanted
   void* workspace;  // layer_norm_forward_workspace() bytes
   int threads;      // at most, for the CPU kernels
+
+  bool narrow_will_do() const { return layer_norm_narrow_will_do(cols); }
 };
 
 struct LayerNormBackward {
@@ -76,6 +81,8 @@ struct LayerNormBackward {
   void* dbias;           // [cols]
   void* workspace;       // layer_norm_backward_workspace() bytes
   int threads;           // at most, for the CPU kernels
+
+  bool narrow_will_do() const { return layer_norm_narrow_will_do(cols); }
 };
 
 namespace cpu {

@@ -22,12 +22,12 @@ std::tuple<Tensor, Tensor, Tensor> max_pool2d_forward(const Tensor& x_in, at::In
   const PoolView view(x_in, window);
   const auto sizes = view.output_sizes(x_in);
   const auto options = x_in.options().memory_format(view.format);
-  const auto empty = x_in.options().memory_format(at::MemoryFormat::Contiguous);
-  Tensor y = at::empty_symint(sizes, options);
-  Tensor offset = save_offset ? at::empty_symint(sizes, options.dtype(window.offset_type()))
-                              : at::empty({0}, empty.dtype(window.offset_type()));
-  Tensor indices =
-      return_indices ? at::empty_symint(sizes, options.dtype(at::kLong)) : at::empty({0}, empty.dtype(at::kLong));
+  auto result = [&](bool wanted, at::ScalarType type) {
+    return wanted ? empty_tensor(sizes, options.dtype(type))
+                  : empty_tensor(0, options.dtype(type).memory_format(at::MemoryFormat::Contiguous));
+  };
+  Tensor y = result(true, x_in.scalar_type()), offset = result(save_offset, window.offset_type()),
+         indices = result(return_indices, at::kLong);
   const Device device = device_of(x_in, kOp);
   if (device != Device::kMeta && x_in.numel() != 0) {
     const Tensor x = x_in.contiguous(view.format);

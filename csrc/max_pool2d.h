@@ -24,6 +24,8 @@ struct MaxPool2dForward {
   int64_t* indices;  // these
   void* workspace;   // max_pool2d_forward_workspace() bytes
   int threads;       // at most, for the CPU kernels
+
+  bool narrow_will_do() const { return shape.narrow_will_do(); }
 };
 
 struct MaxPool2dBackward {
@@ -34,6 +36,8 @@ struct MaxPool2dBackward {
   void* dx;
   void* workspace;  // max_pool2d_backward_workspace() bytes
   int threads;      // at most, for the CPU kernels
+
+  bool narrow_will_do() const { return shape.narrow_will_do(); }
 };
 
 namespace cpu {

@@ -24,17 +24,16 @@ constexpr const char *kOp = "max_pool2d", *kForward = "fastnorm::max_pool2d_forw
 // What a derivative has to know of a pooling beside the offsets.
 struct Pooling {
   c10::SymInt height, width;  // of x
-  std::vector<int64_t> kernel, stride, padding, dilation;
+  Window2d window;
   bool channels_last;
 
   Tensor scatter(const Tensor& dy, const Tensor& offset) const {
     static const auto op = find_operator<BackwardOp>(kBackward);
-    return op.call(dy, offset, height, width, kernel, stride, padding, dilation, channels_last);
+    return op.call(dy, offset, height, width, window.kernel, window.stride, window.pad, window.dilation, channels_last);
   }
 
   // Of every window the element of t, which is like x, that won; in torch's operators.
   Tensor gather(const Tensor& t, const Tensor& offset) const {
-    const Window2d window(kOp, kernel, stride, padding, dilation, false);
     const auto options = offset.options().dtype(at::kLong).memory_format(at::MemoryFormat::Contiguous);
     const Tensor tap = offset.to(at::kLong), tap_row = at::div(tap, window.kernel[1], "floor");
     auto begin = [&](int64_t d) {
@@ -96,12 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(c10::DispatchKeySet keys, const Tenso
   }();
   if (!recorded && !has_tangent) return result;
   auto& [y, offset, indices] = result;
-  const Pooling pooling{x.sym_size(-2),
-                        x.sym_size(-1),
-                        kernel.vec(),
-                        stride.vec(),
-                        padding.vec(),
-                        dilation.vec(),
+  const Pooling pooling{x.sym_size(-2), x.sym_size(-1), Window2d(kOp, kernel, stride, padding, dilation, ceil_mode),
                         x.suggest_memory_format() == at::MemoryFormat::ChannelsLast};
   if (recorded) {
     auto [node, backward] = record(x, pooling, false);
@@ -122,7 +116,7 @@ Tensor backward(c10::DispatchKeySet keys, const Tensor& dy, const Tensor& offset
   }();
   const bool recorded = torch::autograd::compute_requires_grad(dy), has_tangent = torch::autograd::isFwGradDefined(dy);
   if (!recorded && !has_tangent) return dx;
-  const Pooling pooling{height, width, kernel.vec(), stride.vec(), padding.vec(), dilation.vec(), channels_last};
+  const Pooling pooling{height, width, Window2d(kOp, kernel, stride, padding, dilation, false), channels_last};
   if (recorded) {
     auto [node, second] = record(dy, pooling, true);
     torch::autograd::set_history(dx, node);

@@ -37,7 +37,7 @@ Tensor max_unpool2d(const Tensor& x_in, const Tensor& indices_in, c10::SymIntArr
   const bool channels_last = format == at::MemoryFormat::ChannelsLast;
   auto sizes = x_in.sym_sizes().vec();
   sizes[sizes.size() - 2] = output_size[0], sizes.back() = output_size[1];
-  Tensor y = at::empty_symint(sizes, x_in.options().memory_format(format));
+  Tensor y = empty_tensor(sizes, x_in.options().memory_format(format));
   const Device device = device_of(x_in, kOp);
   if (device == Device::kMeta || x_in.numel() == 0) return y;
   const Tensor x = x_in.contiguous(format), indices = indices_in.contiguous(format);

@@ -62,8 +62,8 @@ std::tuple<Tensor, Tensor> nms_rows(const Tensor& boxes_in, const Tensor& scores
                                     const char* op) {
   TORCH_CHECK(capacity >= 0, op, ": max_output must not be negative, got ", capacity);
   const auto options = boxes_in.options().dtype(at::kLong).memory_format(at::MemoryFormat::Contiguous);
-  Tensor indices = at::empty_symint({boxes_in.sym_size(0), capacity}, options);
-  Tensor count = at::empty_symint({boxes_in.sym_size(0)}, options);
+  Tensor indices = empty_tensor({boxes_in.sym_size(0), capacity}, options);
+  Tensor count = empty_tensor(boxes_in.sym_size(0), options);
   const Device device = device_of(boxes_in, op);
   if (device == Device::kMeta) return {indices, count};
   if (boxes_in.numel() == 0) return {indices.fill_(-1), count.zero_()};
@@ -120,9 +120,9 @@ std::tuple<Tensor, Tensor> soft_nms(const Tensor& boxes_in, const Tensor& scores
   a.capacity = std::min(max_output.value_or(a.n), a.n);
   TORCH_CHECK(a.capacity >= 0, op, ": max_output must not be negative, got ", a.capacity);
   const auto options = boxes.options().dtype(at::kLong);
-  const Tensor indices = at::empty({a.capacity}, options), updated = at::empty({a.capacity}, boxes.options());
+  const Tensor indices = empty_tensor(a.capacity, options), updated = empty_tensor(a.capacity, boxes.options());
   if (a.capacity == 0) return {indices, updated};
-  const Tensor count = at::empty({1}, options);
+  const Tensor count = empty_tensor(1, options);
   a.gaussian = gaussian, a.threshold = iou_threshold, a.sigma = sigma, a.drop_scores = score_threshold;
   a.indices = indices.mutable_data_ptr<int64_t>(), a.updated = updated.mutable_data_ptr();
   a.count = count.mutable_data_ptr<int64_t>();

@@ -1,8 +1,5 @@
 // What the host files of the norms share beside torch_utils.h.
 #pragma once
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-
 #include "torch_utils.h"
 
 namespace fastnorm {
@@ -52,7 +49,7 @@ inline const uint8_t* mask_or_null(const OptionalTensor& mask) {
 inline void* data_if(bool wanted, const Tensor& t) { return wanted ? t.mutable_data_ptr() : nullptr; }
 
 inline Tensor workspace(size_t bytes, const Tensor& x) {
-  return bytes ? at::empty({int64_t(bytes)}, x.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous))
+  return bytes ? empty_tensor(int64_t(bytes), x.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous))
                : Tensor();
 }
 

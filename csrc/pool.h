@@ -47,6 +47,8 @@ struct PoolShape {
 
   FASTNORM_HOST_DEVICE int64_t inputs() const { return n * y.in * x.in * c; }
   FASTNORM_HOST_DEVICE int64_t outputs() const { return n * y.out * x.out * c; }
+  // As cpu/isa.h has it; results are the same to the bit.
+  bool narrow_will_do() const { return inputs() <= 1 << 14; }
   // Bytes of one offset: uint8, int16 or int32.
   FASTNORM_HOST_DEVICE int offset_bytes() const {
     const int64_t taps = int64_t(y.kernel) * x.kernel;

@@ -9,10 +9,11 @@
 namespace fastnorm {
 
 struct Window2d {
-  const char* op;                                        // whose errors are raised
-  std::array<int64_t, 2> kernel, stride, pad, dilation;  // height, width
-  bool ceil_mode;
+  const char* op = "";                                           // whose errors are raised
+  std::array<int64_t, 2> kernel{}, stride{}, pad{}, dilation{};  // height, width
+  bool ceil_mode = false;
 
+  Window2d() = default;
   Window2d(const char* op, at::IntArrayRef kernel_in, at::IntArrayRef stride_in, at::IntArrayRef padding_in,
            at::IntArrayRef dilation_in, bool ceil_mode)
       : op(op), ceil_mode(ceil_mode) {
@@ -133,7 +134,7 @@ struct PoolGradient {
     window.check_output(height, oh, 0), window.check_output(width, ow, 1);
     auto sizes = dy.sym_sizes().vec();
     sizes[sizes.size() - 2] = height, sizes.back() = width;
-    result = at::empty_symint(sizes, dy.options().memory_format(format));
+    result = empty_tensor(sizes, dy.options().memory_format(format));
   }
   PoolShape shape(const Window2d& window) const {
     return pool_shape(channels_last, result.dim() == 4 ? result.sym_size(0) : 1, result.sym_size(-3),

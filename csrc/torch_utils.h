@@ -1,8 +1,11 @@
 // What the host files share: checks with one style of message, torch's types in the kernels' terms, and the device
 // switch.  Narrow headers only: ATen/ATen.h would add seconds to every host file.
 #pragma once
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #include <optional>
@@ -88,6 +91,16 @@ inline void check_like(const at::Tensor& t, const at::Tensor& x, const char* op,
 
 inline const void* data_or_null(const std::optional<at::Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
 inline void* mutable_data_or_null(const std::optional<at::Tensor>& t) { return t ? t->mutable_data_ptr() : nullptr; }
+
+// at::empty(); past the dispatcher for memory of the CPU, which costs a tiny batch more than its arithmetic.
+inline at::Tensor empty_tensor(c10::SymIntArrayRef sizes, const at::TensorOptions& options) {
+  const bool filled = at::globalContext().deterministicAlgorithms();  // torch's operator fills it with NaN then
+  const auto ints = options.device().is_cpu() && !filled ? c10::asIntArrayRefSlowOpt(sizes) : std::nullopt;
+  return ints ? at::Tensor(at::detail::empty_cpu(*ints, options)) : at::empty_symint(sizes, options);
+}
+inline at::Tensor empty_tensor(const c10::SymInt& size, const at::TensorOptions& options) {
+  return empty_tensor(c10::SymIntArrayRef(size), options);
+}
 
 // How many threads a kernel over this many elements may use: a region costs more than 32k elements do.
 inline int cpu_threads(int64_t numel) {

@@ -1,6 +1,7 @@
 """Parameters that the tests share: dtypes, layouts, and the backends that the operators run on.
 
-backend: "cpu"; "cuda_emulation", where the CUDA kernels run on the CPU for small tensors, each test in one of the
+backend: "cpu"; in modules with EVERY_ISA = True "cpu_AVX2" and so on too, the kernels of each instruction set that the
+processor has; "cuda_emulation", where the CUDA kernels run on the CPU for small tensors, each test in one of the
 emulator's schedules; "cuda" where there is a GPU.
 """
 
@@ -17,6 +18,7 @@ import torch
 from cuda_emulator import SCHEDULES, configure, emulation, library, unavailable_reason
 
 import fastnorm
+from fastnorm._library import extension
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("planes", "channels_last")
@@ -39,9 +41,11 @@ class Backend:
         return self.name == "cuda_emulation"
 
 
-def backends() -> list[str]:
+def backends(every_isa: bool) -> list[str]:
+    isas = ["DEFAULT", "AVX2", "AVX512"]
+    isas = isas[: isas.index(extension.isa()) + 1] if every_isa else []
     with_cuda = torch.cuda.is_available() and fastnorm.info()["cuda"] is not None
-    return ["cpu", "cuda_emulation", *(["cuda"] if with_cuda else [])]
+    return ["cpu", *(f"cpu_{isa}" for isa in isas), "cuda_emulation", *(["cuda"] if with_cuda else [])]
 
 
 @cache
@@ -55,7 +59,8 @@ def emulator_problem() -> str | None:
 
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", backends(), indirect=True)
+        every_isa = getattr(metafunc.module, "EVERY_ISA", False)
+        metafunc.parametrize("backend", backends(every_isa), indirect=True)
 
 
 @pytest.fixture
@@ -67,7 +72,12 @@ def backend(request):
             stack.enter_context(emulation())
             seed = zlib.crc32(request.node.nodeid.encode())
             configure(schedule=SCHEDULES[seed % len(SCHEDULES)], seed=seed)
-        yield Backend(request.param, "cuda" if request.param == "cuda" else "cpu")
+        name, _, isa = request.param.partition("cpu_")
+        if isa:
+            name = "cpu"
+            extension.force_isa(isa)
+            stack.callback(extension.force_isa, None)
+        yield Backend(name, "cuda" if name == "cuda" else "cpu")
 
 
 @pytest.fixture(autouse=True)

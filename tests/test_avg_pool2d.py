@@ -11,6 +11,8 @@ from pools import views
 
 from fastnorm.functional import avg_pool2d
 
+EVERY_ISA = True
+
 # kernel, stride, padding, ceil_mode, count_include_pad, divisor_override
 WINDOWS = {
     "2x2 s2": (2, 2, 0, False, True, None),  # LeNet, DenseNet: a kernel of its own
@@ -143,6 +145,23 @@ def test_threads_make_no_difference(threads):
             runs.append((y.detach(), torch.autograd.grad(y, x, dy)[0]))
         for other in runs[1:]:
             assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sample_is_the_same_in_any_batch(backend, dtype, layout):
+    """One alone is work for narrow vectors, all together for the widest."""
+    samples = 2 if backend.small else 4
+    x = to_layout(torch.randn(samples, 67, 9, 11, dtype=dtype, device=backend.device), layout).requires_grad_()
+    for window in WINDOWS.values():
+        y = avg_pool2d(x, *window)
+        dy = torch.randn_like(y)
+        dx = torch.autograd.grad(y, x, dy)[0]
+        for i in range(samples):
+            alone = x.detach()[i : i + 1].requires_grad_()
+            z = avg_pool2d(alone, *window)
+            assert torch.equal(z, y[i : i + 1])
+            assert torch.equal(torch.autograd.grad(z, alone, dy[i : i + 1])[0], dx[i : i + 1])
 
 
 def test_every_element_is_written_and_none_beside(backend):

@@ -13,6 +13,8 @@ import fastnorm
 from fastnorm.activation import activate
 from fastnorm.functional import batch_norm
 
+EVERY_ISA = True
+
 # Each for what it reaches in the kernels.
 SHAPES = {
     "odd": (3, 7, 5, 3),  # nothing is a multiple of a vector

@@ -13,6 +13,8 @@ import fastnorm
 from benchmarks.common import peak_bytes
 from fastnorm.functional import conv2d
 
+EVERY_ISA = True
+
 # x, weight, stride, padding, dilation, groups; in each what decides between the kernels' ways.
 CASES = {
     "3x3": ((2, 5, 9, 11), (7, 5, 3, 3), 1, 1, 1, 1),

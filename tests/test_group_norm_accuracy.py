@@ -10,6 +10,8 @@ from test_group_norm import by_fastnorm, by_formula, check_case, in_float64, mak
 
 from fastnorm.functional import group_norm
 
+EVERY_ISA = True
+
 OFFSETS = [(0, 1), (-1, 1), (-1e4, 1), (-1e5, 1), (1e4, 0.1), (1e6, 1)]
 
 

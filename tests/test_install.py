@@ -97,6 +97,30 @@ def test_info_names_what_is_in_use():
     assert info["cpu_isa"] in info["cpu_isas"] and info["built_for_torch"] and info["compiler"]
 
 
+ISAS = ["DEFAULT", "AVX2", "AVX512"]
+OF_PROCESSOR = ISAS[: ISAS.index(fastnorm.info()["cpu_isa"]) + 1]
+
+
+@pytest.mark.parametrize("isa", OF_PROCESSOR)
+def test_the_environment_or_a_test_chooses_the_instruction_set(isa, subprocess_environment):
+    extension = fastnorm._library.extension
+    try:
+        extension.force_isa(isa)
+        assert fastnorm.info()["cpu_isa"] == isa
+    finally:
+        extension.force_isa(None)
+    assert fastnorm.info()["cpu_isa"] == OF_PROCESSOR[-1]
+    command = [sys.executable, "-c", "import fastnorm; print(fastnorm.info()['cpu_isa'])"]
+    environment = subprocess_environment | {"ATEN_CPU_CAPABILITY": isa.lower()}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.stdout.split()[-1:] == [isa], result.stderr[-2000:]
+
+
+def test_an_instruction_set_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="this processor has no AVX1024"):
+        fastnorm._library.extension.force_isa("AVX1024")
+
+
 def test_the_command_prints_it(subprocess_environment):
     result = subprocess.run(
         [sys.executable, "-m", "fastnorm"], env=subprocess_environment, capture_output=True, text=True

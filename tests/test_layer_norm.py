@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fastnorm.activation import activate
 
+EVERY_ISA = True
+
 # (shape, first normalised dimension, how many), each for what it reaches in the kernels.
 SHAPES = {
     "odd": ((3, 5, 7), -1, 1),  # less than a vector

@@ -7,6 +7,8 @@ import torch
 from oracle import error
 from test_layer_norm import by_fastnorm, by_torch, exact, forward, make
 
+EVERY_ISA = True
+
 PLACES = {"rows": ((16, 768), -1), "tiles": ((2, 96, 7, 9), 1), "long_rows": ((2, 10000), -1)}
 
 

@@ -11,6 +11,8 @@ from pools import views
 
 from fastnorm.functional import max_pool2d, max_pool2d_with_indices
 
+EVERY_ISA = True
+
 # kernel, stride, padding, dilation, ceil_mode
 WINDOWS = {
     "3x3 s2 p1": (3, 2, 1, 1, False),  # ResNet; with the next two, a kernel of its own

@@ -8,6 +8,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from fastnorm.functional import max_unpool2d
 
+EVERY_ISA = True
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)

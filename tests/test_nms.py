@@ -12,6 +12,8 @@ from conftest import DTYPES
 
 from fastnorm.ops import batched_nms, nms, nms_padded
 
+EVERY_ISA = True
+
 SIZES = (1, 2, 15, 16, 17, 33, 63, 64, 65, 130, 1023, 1024, 1025, 2200)
 
 

@@ -9,6 +9,8 @@ from test_nms import random_boxes, run
 
 from fastnorm.ops import soft_nms
 
+EVERY_ISA = True
+
 
 def overlap(a, b):
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])

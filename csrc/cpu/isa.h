@@ -1,12 +1,23 @@
 // The CPU kernels are compiled once per instruction set, each time in a namespace of its own; which one runs is chosen
-// once, from what torch found on this processor (ATEN_CPU_CAPABILITY overrides).
+// from what torch found on this processor (ATEN_CPU_CAPABILITY overrides).
 #pragma once
 
 namespace fastnorm::cpu {
 
 enum class Isa { kDefault, kAvx2, kAvx512 };
 
-Isa isa();  // the chosen one; defined in library.cpp
+// The chosen one; in library.cpp.  512-bit vectors lower the clock of all that runs on the core for a while, by a tenth
+// on Intel's Sapphire Rapids: narrow_will_do is for calls that are so short that the interpreter around them would lose
+// more than the kernel wins.
+Isa isa(bool narrow_will_do = false);
+
+template <class Args>
+Isa isa_for(const Args& args) {
+  if constexpr (requires { args.narrow_will_do(); })
+    return isa(args.narrow_will_do());
+  else
+    return isa();
+}
 
 }  // namespace fastnorm::cpu
 
@@ -23,7 +34,7 @@ Isa isa();  // the chosen one; defined in library.cpp
   Result name(const Args&);                         \
   }                                                 \
   inline Result name(const Args& args) {            \
-    switch (isa()) {                                \
+    switch (isa_for(args)) {                        \
       case Isa::kAvx512: return AVX512::name(args); \
       case Isa::kAvx2: return AVX2::name(args);     \
       default: return DEFAULT::name(args);          \
