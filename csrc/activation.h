@@ -25,6 +25,17 @@ constexpr bool has_two_slopes(Activation a) {
   return a == Activation::kRelu || a == Activation::kRelu6 || a == Activation::kLeakyRelu;
 }
 
+constexpr double kSqrtHalf = 0.70710678118654752440;       // 1 / sqrt(2)
+constexpr double kInvSqrtTwoPi = 0.39894228040143267794;   // 1 / sqrt(2 pi)
+constexpr double kSqrtTwoOverPi = 0.79788456080286535588;  // sqrt(2 / pi)
+constexpr double kGeluCubic = 0.044715;
+
+// The normal distribution at a place.  The cdf is by erfc(): 1 + erf() has no digit left where it is small.
+template <class T>
+struct Normal {
+  T cdf, density;
+};
+
 // What the formulas below need of T; specialised for at::vec::Vectorized in cpu/vector.h.
 template <class T>
 struct Math {
@@ -37,7 +48,9 @@ struct Math {
   static FASTNORM_HOST_DEVICE T exp(T v) { return T(::exp(v)); }
   static FASTNORM_HOST_DEVICE T expm1(T v) { return T(::expm1(v)); }
   static FASTNORM_HOST_DEVICE T tanh(T v) { return T(::tanh(v)); }
-  static FASTNORM_HOST_DEVICE T erf(T v) { return T(::erf(v)); }
+  static FASTNORM_HOST_DEVICE Normal<T> normal(T v) {
+    return {T(0.5) * T(::erfc(v * T(-kSqrtHalf))), exp(T(-0.5) * v * v) * T(kInvSqrtTwoPi)};
+  }
 };
 
 #ifdef __CUDACC__
@@ -52,14 +65,11 @@ struct Math<float> {
   static FASTNORM_HOST_DEVICE float exp(float v) { return ::expf(v); }
   static FASTNORM_HOST_DEVICE float expm1(float v) { return ::expm1f(v); }
   static FASTNORM_HOST_DEVICE float tanh(float v) { return ::tanhf(v); }
-  static FASTNORM_HOST_DEVICE float erf(float v) { return ::erff(v); }
+  static FASTNORM_HOST_DEVICE Normal<float> normal(float v) {
+    return {0.5f * ::erfcf(v * float(-kSqrtHalf)), ::expf(-0.5f * v * v) * float(kInvSqrtTwoPi)};
+  }
 };
 #endif
-
-constexpr double kSqrtHalf = 0.70710678118654752440;       // 1 / sqrt(2)
-constexpr double kInvSqrtTwoPi = 0.39894228040143267794;   // 1 / sqrt(2 pi)
-constexpr double kSqrtTwoOverPi = 0.79788456080286535588;  // sqrt(2 / pi)
-constexpr double kGeluCubic = 0.044715;
 
 template <class T>
 FASTNORM_HOST_DEVICE T sigmoid(T z) {
@@ -78,7 +88,7 @@ FASTNORM_HOST_DEVICE T gelu_tanh_inner(T z) {
 template <class T>
 FASTNORM_HOST_DEVICE T activate(Activation activation, T z, T slope) {
   using M = Math<T>;
-  const T zero = M::set(0), one = M::set(1), half = M::set(0.5);
+  const T zero = M::set(0), one = M::set(1);
   switch (activation) {
     case Activation::kNone: return z;
     case Activation::kRelu: return M::relu(z);
@@ -88,7 +98,7 @@ FASTNORM_HOST_DEVICE T activate(Activation activation, T z, T slope) {
     case Activation::kSigmoid: return sigmoid(z);
     case Activation::kTanh: return M::tanh(z);
     case Activation::kSilu: return z / (one + M::exp(zero - z));
-    case Activation::kGelu: return z * half * (one + M::erf(z * M::set(kSqrtHalf)));
+    case Activation::kGelu: return z * M::normal(z).cdf;
     case Activation::kGeluTanh: return z * sigmoid(gelu_tanh_inner(z));
     case Activation::kHardswish: {  // z * relu6(z + 3) / 6
       const T shifted = M::relu(z + M::set(3));
@@ -122,8 +132,10 @@ FASTNORM_HOST_DEVICE T activation_gradient(Activation activation, T z, T slope) 
       const T s = sigmoid(z);
       return s * (one + z * (one - s));
     }
-    case Activation::kGelu:
-      return half * (one + M::erf(z * M::set(kSqrtHalf))) + z * M::exp(M::set(-0.5) * z * z) * M::set(kInvSqrtTwoPi);
+    case Activation::kGelu: {
+      const Normal<T> normal = M::normal(z);
+      return normal.cdf + z * normal.density;
+    }
     case Activation::kGeluTanh: {
       const T s = sigmoid(gelu_tanh_inner(z));
       return s + z * s * (one - s) * M::set(2 * kSqrtTwoOverPi) * (one + M::set(3 * kGeluCubic) * z * z);

@@ -83,6 +83,26 @@ def test_constant_channels(backend):
         assert y.abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gelu_has_its_digits_in_the_tail(backend, dtype):
+    """1 + erf() loses them from -1 on down, and is 0 at -6."""
+    x = torch.linspace(-12, 8, 401 if backend.small else 20001, dtype=dtype, device=backend.device)
+    x = torch.cat([x, torch.tensor([-1e-3, 0.0, 1e-3, -40.0], dtype=dtype, device=backend.device)]).view(1, 1, -1)
+    mean, var = torch.zeros(1, dtype=dtype, device=backend.device), torch.ones(1, dtype=dtype, device=backend.device)
+    x.requires_grad_()
+    y = batch_norm(x, mean, var, eps=0, activation="gelu")
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    z = x.detach().double()
+    cdf, density = torch.special.erfc(-z / 2**0.5) / 2, torch.exp(-z * z / 2) / (2 * torch.pi) ** 0.5
+    # What is squared and the exponent are rounded; near -0.75 the slope's two terms cancel.
+    allowed = torch.finfo(dtype).eps * (4 + 2 * z * z)
+    assert ((y - z * cdf).abs() <= allowed * (z * cdf).abs() + 1e-38).all()
+    assert ((slope - (cdf + z * density)).abs() <= allowed * (cdf + (z * density).abs()) + 1e-38).all()
+    infinite = torch.tensor([[[float("inf"), -float("inf")]]], dtype=dtype, device=backend.device)
+    y = batch_norm(infinite, mean, var, eps=0, activation="gelu")
+    assert y[0, 0, 0] == float("inf") and y[0, 0, 1].isnan()  # as torch's in float64
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_inf_stay_in_their_channel(backend, layout, value):

@@ -74,17 +74,29 @@ template <class T, class F>
   using A = Accumulate<T>;
   const LayerNormForward& a = f.a;
   const bool streaming = f.streaming;
-  if (takes_strips(a.activation))
-    return each([&](const auto c, int64_t at, int64_t len, uint8_t* mask, int64_t read_ahead) {
-      alignas(64) A strip[kStrip];
+  if (takes_strips(a.activation)) {
+    alignas(64) A strip[kStrip];
+    int64_t begin = 0, filled = 0;  // elements that the strip has, from element `begin` on
+    uint8_t* bits = nullptr;
+    auto flush = [&] {
+      if (filled)
+        store_activated(a.activation, a.negative_slope, strip, static_cast<T*>(a.y) + begin, filled, bits, streaming);
+      filled = 0;
+    };
+    each([&](const auto c, int64_t at, int64_t len, uint8_t* mask, int64_t read_ahead) {
       for (int64_t first = 0; first < len; first += kStrip) {
         const int64_t part = std::min(kStrip, len - first);
+        // Short spans of whole packs share a strip; so their bits follow each other too.
+        const bool follows = filled && part % kLanes<T> == 0 && filled % kLanes<T> == 0 && at + first == begin + filled;
+        if (!follows || filled + part > kStrip) flush(), begin = at + first, bits = mask ? mask + first / 8 : nullptr;
+        A* const to = strip + filled;
         for_z(f, c, at + first, first, part, read_ahead, a.residual != nullptr,
-              [&](int64_t i, auto z, auto, auto again) { store(strip + place<T>(i, again), z, Full<A>()); });
-        store_activated(a.activation, a.negative_slope, strip, static_cast<T*>(a.y) + at + first, part,
-                        mask ? mask + first / 8 : nullptr, streaming);
+              [&](int64_t i, auto z, auto, auto again) { store(to + place<T>(i, again), z, Full<A>()); });
+        filled += part;
       }
     });
+    return flush();
+  }
   const A bound = lower_bound<A>(a.activation);
   auto with = [&](auto residual) {
     each([&](const auto c, int64_t at, int64_t len, uint8_t* mask, int64_t read_ahead) {
@@ -185,13 +197,19 @@ template <class T>
   s.origin[i] = origin, s.sum[i] = sum.sum(), s.square[i] = square.sum();
 }
 
+// y of rows [first, last) of the batch, which begins with row `row`, from the segment at `column` back to the one at
+// `first_column`: what was read last is the hottest.
 template <class T>
-[[gnu::noinline]] void write_segment(const Forward<T>& f, const ForwardBatch<Accumulate<T>>& s, int64_t i, int64_t row,
-                                     int64_t column, int64_t read_ahead) {
-  const int64_t cols = f.a.cols, len = std::min(kSegment, cols - column);
-  uint8_t* const mask = f.a.mask ? f.a.mask + row * ((cols + 7) / 8) + column / 8 : nullptr;
-  write_outputs(f,
-                [&](auto write) { write(s.row(i, f.parameters, column), row * cols + column, len, mask, read_ahead); });
+[[gnu::noinline]] void write_rows(const Forward<T>& f, const ForwardBatch<Accumulate<T>>& s, int64_t row, int64_t first,
+                                  int64_t last, int64_t first_column, int64_t column, int64_t read_ahead) {
+  const int64_t cols = f.a.cols;
+  write_outputs(f, [&](auto write) {
+    for (int64_t i = first; i < last; i++)
+      for (int64_t k = column; k >= first_column; k -= kSegment) {
+        uint8_t* const mask = f.a.mask ? f.a.mask + (row + i) * ((cols + 7) / 8) + k / 8 : nullptr;
+        write(s.row(i, f.parameters, k), (row + i) * cols + k, std::min(kSegment, cols - k), mask, read_ahead);
+      }
+  });
 }
 
 template <class T>
@@ -213,10 +231,7 @@ void forward_rows(const Forward<T>& f) {
           merge_sums(s, rows, double(k), double(len), a.rms);
         }
         finish_batch(f, s, row, rows, f.h + row * cols, cols, 1);
-        for (int64_t i = 0; i < rows; i++)
-          for (int64_t k = (cols - 1) / kSegment * kSegment; k >= 0;
-               k -= kSegment)  // what was read last is the hottest
-            write_segment(f, s, i, row + i, k, ahead);
+        write_rows(f, s, row, 0, rows, 0, (cols - 1) / kSegment * kSegment, ahead);
       }
     });
   });
@@ -255,8 +270,10 @@ void forward_shared_rows(const Forward<T>& f) {
       }
       finish_batch(f, all, 0, f.rows, f.h, a.cols, 1);
     });
-    team.for_each(f.rows * segments,
-                  [&](int64_t i) { write_segment(f, all, i / segments, i / segments, i % segments * kSegment, 0); });
+    team.for_each(f.rows * segments, [&](int64_t i) {
+      const int64_t row = i / segments, column = i % segments * kSegment;
+      write_rows(f, all, 0, row, row + 1, column, column, 0);
+    });
   });
 }
 
