@@ -30,12 +30,6 @@ constexpr double kInvSqrtTwoPi = 0.39894228040143267794;   // 1 / sqrt(2 pi)
 constexpr double kSqrtTwoOverPi = 0.79788456080286535588;  // sqrt(2 / pi)
 constexpr double kGeluCubic = 0.044715;
 
-// The normal distribution at a place.  The cdf is by erfc(): 1 + erf() has no digit left where it is small.
-template <class T>
-struct Normal {
-  T cdf, density;
-};
-
 // What the formulas below need of T; specialised for at::vec::Vectorized in cpu/vector.h.
 template <class T>
 struct Math {
@@ -48,9 +42,9 @@ struct Math {
   static FASTNORM_HOST_DEVICE T exp(T v) { return T(::exp(v)); }
   static FASTNORM_HOST_DEVICE T expm1(T v) { return T(::expm1(v)); }
   static FASTNORM_HOST_DEVICE T tanh(T v) { return T(::tanh(v)); }
-  static FASTNORM_HOST_DEVICE Normal<T> normal(T v) {
-    return {T(0.5) * T(::erfc(v * T(-kSqrtHalf))), exp(T(-0.5) * v * v) * T(kInvSqrtTwoPi)};
-  }
+  // 1 + erf() would have no digit left where it is small.
+  static FASTNORM_HOST_DEVICE T normal_cdf(T v) { return T(0.5) * T(::erfc(v * T(-kSqrtHalf))); }
+  static FASTNORM_HOST_DEVICE T normal_density(T v) { return exp(T(-0.5) * v * v) * T(kInvSqrtTwoPi); }
 };
 
 #ifdef __CUDACC__
@@ -65,9 +59,8 @@ struct Math<float> {
   static FASTNORM_HOST_DEVICE float exp(float v) { return ::expf(v); }
   static FASTNORM_HOST_DEVICE float expm1(float v) { return ::expm1f(v); }
   static FASTNORM_HOST_DEVICE float tanh(float v) { return ::tanhf(v); }
-  static FASTNORM_HOST_DEVICE Normal<float> normal(float v) {
-    return {0.5f * ::erfcf(v * float(-kSqrtHalf)), ::expf(-0.5f * v * v) * float(kInvSqrtTwoPi)};
-  }
+  static FASTNORM_HOST_DEVICE float normal_cdf(float v) { return 0.5f * ::erfcf(v * float(-kSqrtHalf)); }
+  static FASTNORM_HOST_DEVICE float normal_density(float v) { return ::expf(-0.5f * v * v) * float(kInvSqrtTwoPi); }
 };
 #endif
 
@@ -98,7 +91,7 @@ FASTNORM_HOST_DEVICE T activate(Activation activation, T z, T slope) {
     case Activation::kSigmoid: return sigmoid(z);
     case Activation::kTanh: return M::tanh(z);
     case Activation::kSilu: return z / (one + M::exp(zero - z));
-    case Activation::kGelu: return z * M::normal(z).cdf;
+    case Activation::kGelu: return z * M::normal_cdf(z);
     case Activation::kGeluTanh: return z * sigmoid(gelu_tanh_inner(z));
     case Activation::kHardswish: {  // z * relu6(z + 3) / 6
       const T shifted = M::relu(z + M::set(3));
@@ -132,10 +125,7 @@ FASTNORM_HOST_DEVICE T activation_gradient(Activation activation, T z, T slope) 
       const T s = sigmoid(z);
       return s * (one + z * (one - s));
     }
-    case Activation::kGelu: {
-      const Normal<T> normal = M::normal(z);
-      return normal.cdf + z * normal.density;
-    }
+    case Activation::kGelu: return M::normal_cdf(z) + z * M::normal_density(z);
     case Activation::kGeluTanh: {
       const T s = sigmoid(gelu_tanh_inner(z));
       return s + z * s * (one - s) * M::set(2 * kSqrtTwoOverPi) * (one + M::set(3 * kGeluCubic) * z * z);

@@ -41,9 +41,14 @@ class Backend:
         return self.name == "cuda_emulation"
 
 
-def backends(every_isa: bool) -> list[str]:
+def instruction_sets() -> list[str]:
+    """Those of this processor that there are CPU kernels for."""
     isas = ["DEFAULT", "AVX2", "AVX512"]
-    isas = isas[: isas.index(extension.isa()) + 1] if every_isa else []
+    return isas[: isas.index(extension.isa()) + 1]
+
+
+def backends(every_isa: bool) -> list[str]:
+    isas = instruction_sets() if every_isa else []
     with_cuda = torch.cuda.is_available() and fastnorm.info()["cuda"] is not None
     return ["cpu", *(f"cpu_{isa}" for isa in isas), "cuda_emulation", *(["cuda"] if with_cuda else [])]
 

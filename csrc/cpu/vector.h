@@ -30,12 +30,12 @@ constexpr bool kHasFormulas =
     false;
 #endif
 
-// e^v = 2^n (1 + rest), n whole and |rest| at most about sqrt(2) - 1; NaN passes.  v is in lowest..89, which leads to
-// infinity.
+// e^v = 2^n (1 + rest), n whole and |rest| at most about sqrt(2) - 1; NaN passes.
 template <class V>
 struct ExpParts {
   V n, rest;
 
+  // v from lowest on, to 89, which leads to infinity
   ExpParts(V v, float lowest) : ExpParts(at::vec::clamp(v, V(lowest), V(89.f))) {}
   explicit ExpParts(V v) {
     using at::vec::fmadd;
@@ -113,24 +113,42 @@ inline at::vec::Vectorized<float> by_sign(at::vec::Vectorized<float> v, at::vec:
 }
 #endif
 
-// The normal distribution at v.  For float32 the cdf's relative error is 3e-7 above -3, and below that of e^(-v^2 / 2).
+// Of the normal distribution: |v|, at most 15, where all is 0, and e^(-v^2 / 2).  NaN passes.
 template <class V>
-inline Normal<V> normal(V v) {
+struct NormalParts {
+  V size, power;
+
+  explicit NormalParts(V v)
+      : size(at::vec::clamp_max(v.abs(), V(15.f))), power(ExpParts<V>(size * size * V(-0.5f)).whole()) {}
+};
+
+// The cdf, for float32 with a relative error of 3e-7 above -3, and below that of e^(-v^2 / 2).
+template <class V>
+inline V normal_cdf(V v) {
   if constexpr (kHasFormulas<V>) {
     using at::vec::fmadd;
-    // The form of Abramowitz and Stegun 7.1.26: the tail beyond |v| is e^(-v^2 / 2) t q(1 - t), t = 1 / (1 + 0.305
-    // |v|), with q by a minimax fit: 1.1e-7, 0 at 0.  At 15 the tail is 0; NaN passes.
-    const V one(1.f), size = at::vec::clamp_max(v.abs(), V(15.f));
-    const V w = size * V(0.305f), t = one / (one + w), u = w * t;
+    // The form of Abramowitz and Stegun 7.1.26: the tail beyond |v| is power * t q(1 - t), t = 1 / (1 + 0.305 |v|),
+    // with q by a minimax fit: 1.1e-7, 0 at 0.
+    const NormalParts<V> parts(v);
+    const V one(1.f), w = parts.size * V(0.305f), t = one / (one + w), u = w * t;
     V q = fmadd(V(-3.64529351e-2f), u, V(0.103171190f));
     q = fmadd(fmadd(fmadd(q, u, V(-3.75916524e-2f)), u, V(-0.120281187f)), u, V(-5.08132254e-2f));
     q = fmadd(fmadd(fmadd(q, u, V(0.571622634f)), u, V(-0.808013034f)), u, V(0.5f));
-    const V e = ExpParts<V>(size * size * V(-0.5f)).whole(), tail = e * (t * q);
-    return {by_sign(v, tail, one - tail), e * V(float(kInvSqrtTwoPi))};
+    const V tail = parts.power * (t * q);
+    return by_sign(v, tail, one - tail);
   } else {
     using M = Math<V>;
-    return {M::set(0.5) * (v * M::set(-kSqrtHalf)).erfc(), M::exp(M::set(-0.5) * v * v) * M::set(kInvSqrtTwoPi)};
+    return M::set(0.5) * (v * M::set(-kSqrtHalf)).erfc();
   }
+}
+
+template <class V>
+inline V normal_density(V v) {
+  using M = Math<V>;
+  if constexpr (kHasFormulas<V>)
+    return NormalParts<V>(v).power * M::set(kInvSqrtTwoPi);  // the compiler finds the cdf's
+  else
+    return M::exp(M::set(-0.5) * v * v) * M::set(kInvSqrtTwoPi);
 }
 
 template <class A>
@@ -145,7 +163,8 @@ struct Math<at::vec::Vectorized<A>> {
   static V exp(V v) { return fastnorm::exp(v); }
   static V expm1(V v) { return fastnorm::expm1(v); }
   static V tanh(V v) { return fastnorm::tanh(v); }
-  static Normal<V> normal(V v) { return fastnorm::normal(v); }
+  static V normal_cdf(V v) { return fastnorm::normal_cdf(v); }
+  static V normal_density(V v) { return fastnorm::normal_density(v); }
 };
 
 namespace cpu::CPU_CAPABILITY {
