@@ -181,10 +181,11 @@ struct Tiles {
       : n(n),
         height(height),
         width(width),
-        rows((height + kTile - 1) / kTile),
-        columns((width + kTile - 1) / kTile),
+        rows(along(height)),
+        columns(along(width)),
         blocks(n, rows, columns, together) {}
 
+  static int64_t along(int64_t results) { return (results + kTile - 1) / kTile; }
   int64_t most() const { return blocks.samples * blocks.rows * columns; }  // tiles of a block
   ConvBlock tile_rows(int64_t block) const { return blocks(block, n, rows); }
   // The same in rows of results.
