@@ -57,26 +57,44 @@ inline ConvAlgorithm choose_without_onednn(const ConvShape& s, ConvPass pass) {
 }
 
 // The gradient to the weight of what is not in groups and has no far strides: oneDNN converts planes to layouts of its
-// own, and turns channels_last weights' gradients round.  With few channels it is behind, but for the smallest layers
-// and, with vectors of 16 numbers, those that fill them.
+// own, and turns channels_last weights' gradients round.  With few channels it is behind, but where they fill neither
+// its vectors nor ours.
 inline ConvAlgorithm choose_to_weight(const ConvShape& s, const ConvMeasure& m, bool planes, bool wide_vectors) {
   constexpr auto kTorch = ConvAlgorithm::kTorch, kIm2col = ConvAlgorithm::kIm2col, kDirect = ConvAlgorithm::kDirect;
-  const bool point = s.taps() == 1, large_window = s.taps() > 9, long_rows = m.width >= 14;
-  if (s.ci == 1) return wide_vectors && large_window && s.co > 8 ? kTorch : kDirect;
+  const int taps = s.taps(), panel = wide_vectors ? 32 : 16;
+  const bool point = taps == 1, large_window = taps > 9, largest_window = taps > 25, long_rows = m.width >= 14;
+  // dy's channels fill panels: x's need not, which favours small windows.
+  const bool whole = s.co % panel == 0;
+  if (whole && (s.ci < 16 || (s.ci == 16 && wide_vectors && !large_window))) {
+    const bool behind = largest_window ? s.ci > 1 && m.width < 56 : wide_vectors ? s.ci > 8 : s.ci > 3 && long_rows;
+    return !planes && large_window && behind ? kTorch : kIm2col;
+  }
+  if (s.ci == 1) {
+    const bool behind =
+        wide_vectors ? (large_window ? s.co > 8 : !planes && s.co >= 48) : !planes && largest_window && s.co > 8;
+    return behind ? kTorch : kDirect;
+  }
   if (s.ci < 16 && planes) {
-    if (wide_vectors) return s.co <= 8 && s.ci <= 6 ? kDirect : s.ci <= 3 && s.co < 48 ? kTorch : kIm2col;
-    return s.co <= 8 || (s.ci <= 3 && !large_window) ? kDirect : kIm2col;
+    if (!wide_vectors) return s.co <= 8 || (s.ci <= 3 && !large_window) ? kDirect : kIm2col;
+    if (s.co <= 8 && s.ci <= 6) return kDirect;
+    if (s.ci <= 3) return large_window || (s.co >= 48 && !point) ? kTorch : kDirect;
+    return large_window && s.co < 32 ? kTorch : kIm2col;
   }
   if (s.ci < 16) {
-    const bool smallest = wide_vectors   ? s.co < 48 && (s.ci <= 4 || (s.co % 16 == 0 && long_rows))
-                          : large_window ? s.ci > 3 && long_rows
-                                         : s.co > 6 && s.co <= 16;
-    return point || smallest ? kTorch : kIm2col;
+    const bool behind = wide_vectors   ? s.co >= 48 || s.ci <= 4 || (s.co > 8 && long_rows)
+                        : large_window ? s.ci > 3 && long_rows
+                                       : s.co > 6 && s.co < 32;
+    return point || behind ? kTorch : kIm2col;
   }
   if (point && m.pixels < 256) return kTorch;
   if (wide_vectors && std::max(s.y.dilation, s.x.dilation) > 1 && s.ci >= 128) return kTorch;
-  if (planes) return !large_window || (s.ci < 64 && (s.ci >= 32 || !wide_vectors)) ? kIm2col : kTorch;
-  if (wide_vectors) return large_window || s.ci < 24 || (m.strides && point) ? kTorch : kIm2col;
+  if (planes && wide_vectors && s.ci < 24 && s.co < 32 && !point) return kTorch;
+  if (planes) return !large_window || (s.ci < 64 && (s.ci >= 24 || !wide_vectors)) ? kIm2col : kTorch;
+  if (wide_vectors) {
+    // x is copied, which few channels of dy do not pay for; but oneDNN waits for it where it comes from memory.
+    const bool for_few = s.ci >= 64 && s.co <= 96 && s.inputs() * 4 <= int64_t(32) << 20;
+    return large_window || std::min(s.ci, s.co) < 24 || (point && (m.strides || for_few)) ? kTorch : kIm2col;
+  }
   return large_window && s.ci < 32 ? kTorch : kIm2col;
 }
 
@@ -96,20 +114,24 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate,
   auto takes = [&](ConvAlgorithm a, bool here) {
     return here && computes(a, s, pass) && !(a == ConvAlgorithm::kDirect && m.gaps);
   };
-  // Past the caches torch pays for page faults and for reading what it is going to overwrite.
-  const bool large = m.results * 4 > (int64_t(16) << 20);
+  // What malloc() maps anew for each call: torch pays for page faults and for reading what it is going to overwrite.
+  const bool fresh = m.results * 4 > (int64_t(32) << 20);
 
   // A quarter of the multiplications, where the error is allowed, or 4/9 with less of it than torch's own sums have.
-  if (takes(ConvAlgorithm::kWinograd, approximate && m.suits_winograd(4, to_weight ? 48 : 16, 10)))
+  // So few channels' transforms take longer than their products with the fastest of the others.
+  const bool few = wide_vectors && to_weight && s.groups == 1 && std::min(s.ci, s.co) < 24;
+  if (takes(ConvAlgorithm::kWinograd,
+            approximate && m.suits_winograd(4, to_weight ? 48 : 16, 10) && (!few || planes || s.ci * s.co >= 16 * 24)))
     return ConvAlgorithm::kWinograd;
-  if (takes(ConvAlgorithm::kWinograd2x2, m.suits_winograd_2x2())) return ConvAlgorithm::kWinograd2x2;
+  if (takes(ConvAlgorithm::kWinograd2x2, m.suits_winograd_2x2() && (!few || (planes && s.ci >= 24))))
+    return ConvAlgorithm::kWinograd2x2;
   // Groups of few channels leave the lanes of a matrix product empty; pixels fill them.
   if (s.groups > 1) {
     if (s.ci == 1 && s.co == 1) {
       // Short rows leave torch's kernels in the caches, and ours with much to do between them.  In channels_last
       // torch's are ahead in the arithmetic of small windows, and behind where they pay for fresh pages in every call.
       const int width = std::min(s.x.in, s.x.out);
-      const bool wide = width >= 20, fresh = m.results * 4 > (int64_t(32) << 20);
+      const bool wide = width >= 20;
       const bool ahead = to_weight ? wide
                          : forward ? fresh || (wide && s.taps() >= 49 && !wide_vectors)
                                    : fresh || width >= 40 || (wide && (strides || s.taps() >= 25));
@@ -136,8 +158,7 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate,
   if (takes(ConvAlgorithm::kDirect, planes && (m.terms <= 4 || m.made <= 4 || small))) return ConvAlgorithm::kDirect;
   if (!planes && m.terms <= 4 && !m.gaps) {
     if (m.made <= (wide_vectors ? 8 : 6)) return ConvAlgorithm::kDirect;
-    if (large || (!wide_vectors && s.taps() * m.terms >= 75))
-      return point || s.taps() > 9 ? ConvAlgorithm::kIm2col : ConvAlgorithm::kDirect;
+    if (fresh || (!wide_vectors && s.taps() * m.terms >= 75)) return ConvAlgorithm::kIm2col;
   }
   const int64_t most = wide_vectors && small ? 8 : 6;
   if (takes(ConvAlgorithm::kDirect, m.terms <= (m.made <= 4 ? 32 : 16) && m.made <= most))
@@ -151,7 +172,7 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate,
   // oneDNN converts planes to layouts of its own and back, which shows in the smaller windows.
   const int64_t fewest = std::min(m.terms, m.made);
   const bool ahead = planes ? (strides ? fewest >= 16 && s.taps() <= 9 : fewest >= 32 && s.taps() < 9)
-                            : point && (strides ? fewest >= 64 : large);
+                            : point && (strides ? fewest >= 64 : fresh);
   return ahead ? ConvAlgorithm::kIm2col : ConvAlgorithm::kTorch;
 }
 

@@ -69,7 +69,8 @@ struct Tile {
   template <class Left, class Right>
   [[gnu::always_inline]] void outer_add(int64_t count, Left a, Right b, int64_t half = V::size()) {
     for (int64_t k = 0; k < count; k++) {
-      const A* const left = a(k);
+      const A* left = a(k);
+      asm("" : "+r"(left));  // or each of its numbers may get a register for its place
       const A* const right = b(k);
       const V b0 = V::loadu(right), b1 = V::loadu(right + half);
 #pragma GCC unroll 12

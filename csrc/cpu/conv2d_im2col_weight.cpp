@@ -1,8 +1,9 @@
 // The gradient of a convolution to its weights and bias, as a matrix product; ../conv2d.h has the formulas.
 //
-// Rows of the product are channels of dy, columns the taps and channels of x, and the sum runs over the pixels.  A
-// block of pixels stays in L2 while all tiles add it up, in an order that depends on the shape alone: the blocks go to
-// a fixed number of parts, each with sums of its own, which are added up in order in the end.
+// Rows of the product are channels of dy, columns the taps and channels of x, and the sum runs over the pixels.  Or it
+// is turned round, where x has few channels and dy whole panels: then no column fills up a panel, and neither is copied
+// into one.  A block of pixels stays in L2 while all tiles add it up, in an order that depends on the shape alone: the
+// blocks go to a fixed number of parts, each with sums of its own, which are added up in order in the end.
 //
 // Floor: n * pixels * co * ci * taps multiply-adds, as forward; every tile of sums moves from and to memory once per
 // block.
@@ -13,9 +14,10 @@ namespace {
 
 constexpr int64_t kPixels = 128;       // of a block
 constexpr int64_t kFewChannels = 64;   // so many side by side are no trouble for the L1 cache
+constexpr int64_t kFewNumbers = 1024;  // dy's channels times panels: to copy them would take longer
 constexpr int64_t kStep = 32;          // pixels, between which a little of what comes next is fetched
 constexpr int64_t kMostColumns = 512;  // that are copied together: with them a block stays in L2
-constexpr int64_t kSideBySide = 24;    // channels of copied dy: whole tiles, and whole blocks of a transposition
+constexpr int64_t kSideBySide = 24;    // rows of copied dy: whole tiles, and whole blocks of a transposition
 
 template <class T>
 struct WeightGradient : ConvWeightWork<T> {
@@ -24,11 +26,14 @@ struct WeightGradient : ConvWeightWork<T> {
   using Work::kColumns, Work::p, Work::s, Work::y, Work::x, Work::x_layout, Work::dy_layout;
 
   const ConvBlocks blocks;
-  const bool plain, copied, merged;
+  const bool copied, merged;
   const int64_t x_pitch;        // of copied pixels
   const int64_t pieces, piece;  // so many runs of a window's columns follow each other in memory, each so long
+  const bool plain;             // dy is read where it is
+  const bool turned;            // x's numbers are the rows, and dy's channels the columns
   const bool gathered;          // copied once more, to be one run: where pieces would not fill their panels
-  const int64_t runs, run_length, panels;  // of columns as the product finds them; panels of each run
+  const int64_t side_by_side;   // channels of copied dy
+  const int64_t runs, run_length, panels;  // of the window as the product finds it; panels of each run
   const ConvParts split;
   A *sums, *bias_sums, *zeros;
   const ConvMemory memory;
@@ -36,28 +41,35 @@ struct WeightGradient : ConvWeightWork<T> {
   explicit WeightGradient(const Conv2dBackwardWeight& a)
       : Work(a),
         blocks(s.n, y.out, x.out, kPixels),
-        plain(s.channels_last && std::is_same_v<T, A> && s.ci < kFewChannels && s.co < kFewChannels),
         // A panel reads whole vectors, so a pixel of the image itself must have as many channels.
-        copied(!plain || s.ci < kColumns),
+        copied(!in_place() || s.ci >= kFewChannels || s.ci < kColumns),
         merged(copied && x.neighbours() && s.ci < kFewChannels),
         x_pitch(merged ? s.ci : spread(s.ci)),
         pieces(merged ? y.kernel : s.taps()),
         piece(merged ? x.kernel * s.ci : s.ci),
-        gathered(copied && pieces * piece <= kMostColumns && panels_of(pieces * piece) < pieces * panels_of(piece)),
+        plain(in_place() && (s.co < kFewChannels || panels_of(pieces * piece) * s.co <= kFewNumbers)),
+        turned(merged && s.co % kColumns == 0),
+        gathered(!turned && copied && pieces * piece <= kMostColumns &&
+                 panels_of(pieces * piece) < pieces * panels_of(piece)),
+        side_by_side(turned ? kColumns : kSideBySide),
         runs(gathered ? 1 : pieces),
         run_length(gathered ? pieces * piece : piece),
         panels(panels_of(run_length)),
-        split(sums_of_part() * int64_t(sizeof(A)), blocks.count, s.groups, s.co, p.threads),
+        split(sums_of_part() * int64_t(sizeof(A)), blocks.count, s.groups, s.co, p.threads, turned ? kColumns : 1),
         memory(*this) {}
 
+  bool in_place() const { return s.channels_last && std::is_same_v<T, A>; }
+  static int64_t tiles_of(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
   static int64_t panels_of(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
   // A pitch of copied pixels for which a column of them does not fall into few sets of the L1 cache.
   static int64_t spread(int64_t channels) { return channels < kFewChannels ? channels : widened(channels); }
   static int64_t widened(int64_t columns) { return (columns + 31) / 32 * 32 + 16; }
 
-  // Sums are [part][group][run][panel][channel of dy][column], so that tiles follow each other.
+  // Sums are [part][group][run][panel][channel of dy][column], or [part][group][panel of dy][run][number][column], so
+  // that tiles follow each other.
   int64_t sums_of_panel() const { return s.co * kColumns; }
-  int64_t sums_of_group() const { return runs * panels * sums_of_panel(); }
+  int64_t sums_of_group() const { return turned ? runs * run_length * s.co : runs * panels * sums_of_panel(); }
+  int64_t sums_of_channel() const { return turned ? runs * run_length : kColumns; }
   int64_t sums_of_part() const { return s.groups * sums_of_group(); }
 
   void layout_shared(Arena& scratch) {
@@ -67,14 +79,14 @@ struct WeightGradient : ConvWeightWork<T> {
   }
 
   struct Own {
-    A *image, *dy;     // dy: [kSideBySide channels][pixel][channel]
+    A *image, *dy;     // dy: [channels side by side][pixel][channel]
     A* columns;        // [pixel][column], if gathered
     const A** x_rows;  // [piece or run][pixel]
 
     Own(const WeightGradient& q, Arena& scratch) {
       const int64_t pixels = q.blocks.samples * q.blocks.rows * q.x.out;
       image = scratch.take<A>(q.copied ? ConvView<T>::elements(q.y, q.x, q.blocks, q.x_pitch) : 0);
-      dy = scratch.take<A>(q.plain ? 0 : pixels * (q.split.widest() + kSideBySide));
+      dy = scratch.take<A>(q.plain ? 0 : pixels * (q.split.widest() + q.side_by_side));
       columns = scratch.take<A>(q.gathered ? pixels * widened(q.run_length) : 0);
       x_rows = scratch.take<const A*>(pixels * q.pieces);
     }
@@ -109,16 +121,16 @@ struct WeightGradient : ConvWeightWork<T> {
     const int64_t rows = block.row_end - block.row, per_sample = rows * x.out, width = slice_end - slice_begin;
     const int64_t pixels = (block.sample_end - block.sample) * per_sample, channel = group * s.co + slice_begin;
     for (int64_t n = block.sample; !plain && n < block.sample_end; n++)
-      for (int64_t o = 0; o < width; o += kSideBySide)
-        read_pixels<T>(this->dy_of(n), dy_layout, channel + o, std::min(kSideBySide, width - o), block.row * x.out,
-                       per_sample, own.dy + o * pixels + (n - block.sample) * per_sample * kSideBySide, kSideBySide);
+      for (int64_t o = 0; o < width; o += side_by_side)
+        read_pixels<T>(this->dy_of(n), dy_layout, channel + o, std::min(side_by_side, width - o), block.row * x.out,
+                       per_sample, own.dy + o * pixels + (n - block.sample) * per_sample * side_by_side, side_by_side);
     // The first pixel's numbers from channel o on, and the way to the next pixel's.
     auto dy_from = [&](int64_t o) -> const A* {
       if constexpr (std::is_same_v<T, A>)
         if (plain) return this->dy_of(block.sample) + block.row * x.out * dy_layout.channels + channel + o;
-      return own.dy + o / kSideBySide * kSideBySide * pixels + o % kSideBySide;
+      return own.dy + o / side_by_side * side_by_side * pixels + o % side_by_side;
     };
-    const int64_t dy_step = plain ? dy_layout.channels : kSideBySide;
+    const int64_t dy_step = plain ? dy_layout.channels : side_by_side;
     const A** x_row = own.x_rows;
     for (int64_t i = 0; i < pieces; i++) {
       const int ky = merged ? i : i / x.kernel, kx = merged ? 0 : i % x.kernel;
@@ -130,9 +142,9 @@ struct WeightGradient : ConvWeightWork<T> {
     }
     if (gathered) gather(own, pixels);
     FetchAhead<T> next_x, next_dy;
+    const int64_t tiles = turned ? width / kColumns * runs * tiles_of(run_length) : runs * panels * tiles_of(width);
     if (next) {
-      const int64_t shares = runs * panels * ((width + kTileRows - 1) / kTileRows) * ((pixels + kStep - 1) / kStep),
-                    samples = next->sample_end - next->sample;
+      const int64_t shares = tiles * ((pixels + kStep - 1) / kStep), samples = next->sample_end - next->sample;
       const int64_t first = std::clamp<int64_t>(y.begin(next->row), 0, y.in);
       const int64_t last = std::clamp<int64_t>(y.end(next->row_end), first, y.in);
       next_x = fetch_pixels(this->x_of(next->sample), x_layout, group * s.ci, s.ci, first * x.in, last * x.in, samples,
@@ -140,27 +152,48 @@ struct WeightGradient : ConvWeightWork<T> {
       next_dy = fetch_pixels(this->dy_of(next->sample), dy_layout, channel, width, next->row * x.out,
                              next->row_end * x.out, samples, shares);
     }
-    for (int64_t run = 0; run < runs; run++)
+    // `rows` rows of sums: left(pixel) are numbers for each, right(pixel) a panel.
+    auto add_tile = [&](A* sums, int64_t rows, auto left, auto right) __attribute__((always_inline)) {
+      with_rows(rows, [&](auto row_count) __attribute__((always_inline)) {
+        constexpr int R = row_count;
+        prefetch_run(sums + R * kColumns, kTileRows * kColumns);
+        Tile<A, R> tile;
+        is_first ? tile.clear() : tile.load(sums, kColumns);
+        for (int64_t i = 0; i < pixels; i += kStep) {
+          next_x.step(), next_dy.step();
+          tile.outer_add(
+              std::min(kStep, pixels - i), [&](int64_t j) { return left(i + j); },
+              [&](int64_t j) { return right(i + j); });
+        }
+        tile.store(sums, kColumns);
+      });
+    };
+    for (int64_t first = 0; turned && first < width; first += kColumns)
+      for (int64_t run = 0; run < runs; run++) {
+        const A* const dy = dy_from(first);
+        const A* const* const x_rows = own.x_rows + run * pixels;
+        A* const run_to = to + first * sums_of_channel() + run * run_length * kColumns;
+        // Tiles of about one size: the smallest wait for their own sums.
+        const int64_t count = tiles_of(run_length);
+        for (int64_t i = 0; i < count; i++) {
+          const int64_t row = run_length * i / count, row_end = run_length * (i + 1) / count;
+          add_tile(
+              run_to + row * kColumns, row_end - row, [&](int64_t pixel) { return x_rows[pixel] + row; },
+              [&](int64_t pixel) { return dy + pixel * dy_step; });
+        }
+      }
+    for (int64_t run = 0; !turned && run < runs; run++)
       for (int64_t panel = 0; panel < panels; panel++) {
         const int64_t begin = panel_begin(panel);
         const A* const* const x_rows = own.x_rows + run * pixels;
         A* const panel_to = to + (run * panels + panel) * sums_of_panel();
-        for (int64_t o = 0; o < width; o += kTileRows)
-          with_rows(std::min<int64_t>(kTileRows, width - o), [&](auto row_count) {
-            constexpr int R = row_count;
-            A* const sums = panel_to + o * kColumns;
-            const A* const dy = dy_from(o);
-            prefetch_run(sums + R * kColumns, kTileRows * kColumns);
-            Tile<A, R> tile;
-            is_first ? tile.clear() : tile.load(sums, kColumns);
-            for (int64_t i = 0; i < pixels; i += kStep) {
-              next_x.step(), next_dy.step();
-              tile.outer_add(
-                  std::min(kStep, pixels - i), [&](int64_t j) { return dy + (i + j) * dy_step; },
-                  [&](int64_t j) { return x_rows[i + j] + begin; });
-            }
-            tile.store(sums, kColumns);
-          });
+        for (int64_t o = 0; o < width; o += kTileRows) {
+          const A* const dy = dy_from(o);
+          add_tile(
+              panel_to + o * kColumns, std::min<int64_t>(kTileRows, width - o),
+              [&](int64_t pixel) { return dy + pixel * dy_step; },
+              [&](int64_t pixel) { return x_rows[pixel] + begin; });
+        }
       }
     if (p.dbias) add_bias(pixels, width, dy_from, dy_step, bias_to);
   }
@@ -168,19 +201,27 @@ struct WeightGradient : ConvWeightWork<T> {
   template <class From>
   void add_bias(int64_t pixels, int64_t width, From dy_from, int64_t dy_step, A* to) const {
     for (int64_t first = 0, count; first < width; first += count) {
-      const A* dy = dy_from(first);
-      count = std::min({int64_t(V::size()), width - first, kSideBySide - first % kSideBySide});
-      V sum(A(0));
-      for (int64_t pixel = 0; pixel < pixels; pixel++, dy += dy_step) sum = sum + V::loadu(dy, count);
+      const A* const dy = dy_from(first);
+      count = std::min({int64_t(V::size()), width - first, side_by_side - first % side_by_side});
+      const V sum = count == V::size()
+                        ? sum_of_pixels(dy, pixels, dy_step, [](const A* q) { return V::loadu(q); })
+                        : sum_of_pixels(dy, pixels, dy_step, [&](const A* q) { return V::loadu(q, count); });
       (V::loadu(to + first, count) + sum).store(to + first, count);
     }
+  }
+  template <class Read>
+  static V sum_of_pixels(const A* dy, int64_t pixels, int64_t step, Read read) {
+    V even(A(0)), odd(A(0));  // two chains of additions, which are waited for
+    int64_t i = 0;
+    for (; i + 2 <= pixels; i += 2) even = even + read(dy + i * step), odd = odd + read(dy + (i + 1) * step);
+    return i < pixels ? even + odd + read(dy + i * step) : even + odd;
   }
 
   void run_item(int64_t item, const Own& own) const {
     const int64_t i = item % split.slices, group = item / split.slices % s.groups,
                   part = item / split.slices / s.groups;
     const int64_t width = split.slice(i + 1) - split.slice(i);
-    A* const to = sums + part * sums_of_part() + group * sums_of_group() + split.slice(i) * kColumns;
+    A* const to = sums + part * sums_of_part() + group * sums_of_group() + split.slice(i) * sums_of_channel();
     A* const bias_to = bias_sums + (part * s.groups + group) * s.co + split.slice(i);
     std::fill_n(bias_to, width, A(0));
     const int64_t first = blocks.count * part / split.parts;
@@ -193,10 +234,22 @@ struct WeightGradient : ConvWeightWork<T> {
 
   // One channel of dy, all parts.
   void finish(int64_t channel) const {
-    A* const first = sums + channel / s.co * sums_of_group() + channel % s.co * kColumns;
     for (int64_t part = 1; part < split.parts; part++)
       bias_sums[channel] += bias_sums[part * s.groups * s.co + channel];
+    if (p.dbias) static_cast<T*>(p.dbias)[channel] = T(bias_sums[channel]);
+    A* const group = sums + channel / s.co * sums_of_group();
     T* const to = static_cast<T*>(p.dweight) + channel * s.ci * s.taps();
+    turned ? finish_turned(group, channel % s.co, to) : finish_panels(group + channel % s.co * kColumns, to);
+  }
+  void finish_turned(const A* group, int64_t channel, T* to) const {
+    const A* from = group + channel / kColumns * kColumns * sums_of_channel() + channel % kColumns;
+    for (int64_t i = 0; i < runs * run_length; i++, from += kColumns) {
+      A sum = *from;
+      for (int64_t part = 1; part < split.parts; part++) sum += from[part * sums_of_part()];
+      to[i % s.ci * s.weight_input() + i / s.ci * s.weight_tap()] = T(sum);
+    }
+  }
+  void finish_panels(A* first, T* to) const {
     for (int64_t run = 0; run < runs; run++)
       for (int64_t panel = 0; panel < panels; panel++) {
         A* const from = first + (run * panels + panel) * sums_of_panel();
@@ -214,7 +267,6 @@ struct WeightGradient : ConvWeightWork<T> {
             for (int64_t i = 0; i < count; i++) place[i * s.weight_input()] = T(part[i]);
         }
       }
-    if (p.dbias) static_cast<T*>(p.dbias)[channel] = T(bias_sums[channel]);
   }
 
   void run() {

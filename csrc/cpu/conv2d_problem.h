@@ -148,17 +148,19 @@ struct ConvWeightWork {
 // How a gradient to the weight is summed up: blocks of the images go to parts, whose sums are added in order, so that
 // bits depend on the shape alone; slices of dy's channels are work items of their own, which changes no sum.
 struct ConvParts {
-  int64_t co, parts, slices;
+  int64_t co, unit, parts, slices;
 
-  ConvParts(int64_t part_bytes, int64_t blocks, int64_t groups, int64_t co, int threads) : co(co) {
+  // unit: of so many channels each slice has some.
+  ConvParts(int64_t part_bytes, int64_t blocks, int64_t groups, int64_t co, int threads, int64_t unit = 1)
+      : co(co), unit(unit) {
     constexpr int64_t kBytes = int64_t(4) << 20, kParts = 8;  // of all parts together; at most
     parts = std::clamp<int64_t>(kBytes / std::max<int64_t>(part_bytes, 1), 1, kParts);
     parts = std::max<int64_t>(1, std::min(parts, blocks / 4));
     const int64_t wanted = threads == 1 ? 1 : (2 * threads + parts * groups - 1) / (parts * groups);
     slices = std::max<int64_t>(1, std::min(wanted, co / (4 * kTileRows)));  // each reads the images once more
   }
-  int64_t slice(int64_t i) const { return co * i / slices; }
-  int64_t widest() const { return (co + slices - 1) / slices; }
+  int64_t slice(int64_t i) const { return co / unit * i / slices * unit; }
+  int64_t widest() const { return (co / unit + slices - 1) / slices * unit; }
 };
 
 // Whether all numbers that it has seen are finite.
