@@ -30,11 +30,13 @@ CASES = {
     "5x5 of three, long rows": ((2, 3, 9, 40), (20, 3, 5, 5), 1, 2, 1, 1),
     "5x5 of four, short rows": ((2, 4, 14, 14), (16, 4, 5, 5), 1, 0, 1, 1),
     "7x7 s2 of three": ((2, 3, 15, 18), (8, 3, 7, 7), 2, 3, 1, 1),
+    "5x5 of three, whole panels": ((1, 3, 8, 9), (96, 3, 5, 5), 1, 2, 1, 1),
     "3x3 s2": ((2, 8, 9, 10), (12, 8, 3, 3), 2, 1, 1, 1),
     "s3, asymmetric": ((1, 4, 11, 13), (5, 4, 2, 3), (3, 2), (1, 2), 1, 1),
     "dilated": ((1, 6, 13, 12), (4, 6, 3, 2), 1, 2, (2, 3), 1),
     "dilated s2": ((1, 3, 12, 13), (4, 3, 3, 3), 2, 3, 2, 1),
     "groups": ((2, 6, 7, 8), (9, 2, 3, 3), 1, 1, 1, 3),
+    "groups, whole panels": ((1, 10, 7, 8), (64, 5, 3, 3), 1, 1, 1, 2),
     "depthwise": ((2, 9, 8, 10), (9, 1, 3, 3), 1, 1, 1, 9),
     "depthwise s2, twice as many": ((2, 4, 9, 9), (8, 1, 5, 5), 2, 2, 1, 4),
     "depthwise 7x7": ((1, 19, 9, 41), (19, 1, 7, 7), 1, 3, 1, 19),
@@ -123,6 +125,27 @@ def test_weights_gradient_has_the_weights_layout(backend, layout):
                 assert gradient.is_contiguous(memory_format=torch.channels_last) == weight.is_contiguous(
                     memory_format=torch.channels_last
                 ), (algorithm, case, device)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("algorithm", COMPUTES)
+def test_weights_gradient_of_many_blocks(algorithm, layout):
+    """Enough of them for several sums, which are added up in the end."""
+    groups = 8 if algorithm == "depthwise" else 1
+    x, dy = torch.randn(40, 8 if groups > 1 else 3, 16, 16), torch.randn(40, 32 if groups == 1 else 8, 16, 16)
+    weight = torch.randn(dy.shape[1], x.shape[1] // groups, 3, 3)
+
+    def gradients(function, dtype):
+        leaves = [
+            to_layout(weight.to(dtype), layout).requires_grad_(),
+            torch.zeros(len(weight), dtype=dtype).requires_grad_(),
+        ]
+        y = function(to_layout(x.to(dtype), layout), *leaves, 1, 1, 1, groups)
+        return torch.autograd.grad(y, leaves, to_layout(dy.to(dtype), layout))
+
+    ours = gradients(lambda *a: conv2d(*a, algorithm=algorithm), torch.float32)
+    for a, b in zip(ours, gradients(F.conv2d, torch.float64), strict=True):
+        assert error(a, b) < (3e-5 if algorithm == "winograd" else 2e-6)
 
 
 def changes():
