@@ -25,6 +25,7 @@ constexpr int64_t kMostTerms = 96;
 // Of so few tiles, pixels come from the L3 cache for each panel sooner than filters do from there once more.
 constexpr int64_t kFewTiles = 96, kDepth = 128;      // kDepth: terms of a panel's filters in the L2 cache
 constexpr int64_t kMostFilters = int64_t(12) << 20;  // bytes; not transformed again for each block
+constexpr int64_t kNewResults = 128;                 // as kResults, where filters are transformed for a block alone
 
 // kResults: channels that are worked on together.  most_tiles: of a block, as each reads all filters from the L3 cache
 // once more.  Measured on a Zen 3 with 512 KB of L2 and on a Sapphire Rapids with 2 MB, where L3 is a third as fast.
@@ -32,7 +33,7 @@ constexpr int64_t kMostFilters = int64_t(12) << 20;  // bytes; not transformed a
 constexpr int64_t kResults = 256;
 template <int kTile>
 int64_t most_tiles(int64_t filter_bytes, int) {
-  return filter_bytes <= int64_t(1) << 20 ? 48 : kTile == 4 ? 192 : 96;
+  return filter_bytes <= int64_t(1) << 20 ? 48 : kTile == 4 || filter_bytes > kMostFilters ? 192 : 96;
 }
 #else
 constexpr int64_t kResults = 128;
@@ -80,7 +81,7 @@ struct Product : ConvWork<T>, Sizes<kTile> {
         streaming(Work::streaming()),
         by_depth(on_the_fly && tiles.most() <= same_points<kTile>(kFewTiles)),
         chain(kTile == 2 ? equal_part(terms, kMostTerms) : terms),
-        together(by_depth ? 1 : std::min(panels, kResults / kColumns)),
+        together(by_depth ? 1 : std::min(panels, (on_the_fly ? kNewResults : kResults) / kColumns)),
         depth(!by_depth ? terms : std::min(terms, chain < kDepth ? kDepth / chain * chain : kDepth)),
         panel_filters(kPoints * filters_point()),
         split(Work::split_panels(tiles.blocks.count * groups)),
