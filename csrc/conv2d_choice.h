@@ -141,7 +141,8 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate,
     }
     if (takes(ConvAlgorithm::kDirect, to_weight && s.ci <= 8)) return ConvAlgorithm::kDirect;
     if (to_weight) return planes ? ConvAlgorithm::kIm2col : ConvAlgorithm::kTorch;
-    if (takes(ConvAlgorithm::kDirect, planes ? m.made <= 32 : m.made > 1 && m.made <= 8)) return ConvAlgorithm::kDirect;
+    if (takes(ConvAlgorithm::kDirect, planes ? m.made <= 32 : !wide_vectors && m.made > 1 && m.made <= 8))
+      return ConvAlgorithm::kDirect;
     if (planes && s.ci > 1) return ConvAlgorithm::kIm2col;
     return ConvAlgorithm::kTorch;
   }
