@@ -33,8 +33,14 @@ std::tuple<Tensor, Tensor, Tensor> torch_convolution_backward(const Tensor& dy, 
   const std::array<c10::SymInt, 2> stride{w.stride[0], w.stride[1]}, padding{w.padding[0], w.padding[1]},
       dilation{w.dilation[0], w.dilation[1]}, none{0, 0};
   const std::array<c10::SymInt, 1> bias{weight.sym_size(0)};
-  return at::convolution_backward_symint(dy, x, weight, at::OptionalSymIntArrayRef(bias), stride, padding, dilation,
-                                         false, none, w.groups, mask);
+  // oneDNN 3.12 leaves this gradient's memory as it was: depthwise with rows apart, in bfloat16 and channels_last.
+  const bool unwritten = mask[1] && x.is_cpu() && x.scalar_type() == at::kBFloat16 && w.dilation[0] > 1 &&
+                         w.groups > 1 && weight.sym_size(0) == w.groups;
+  auto planes = [&](const Tensor& t) { return unwritten ? t.contiguous() : t; };
+  // Of one channel, a weight is contiguous in either layout: its strides tell torch which.
+  const Tensor filters = unwritten ? weight.clone(at::MemoryFormat::Contiguous) : weight;
+  return at::convolution_backward_symint(planes(dy), planes(x), filters, at::OptionalSymIntArrayRef(bias), stride,
+                                         padding, dilation, false, none, w.groups, mask);
 }
 
 Tensor torch_activate(Activation activation, const Tensor& z, double negative_slope) {

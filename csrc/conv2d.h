@@ -81,7 +81,7 @@ struct Conv2dForward {
   void* packed;
   bool is_packed;    // it is there already, and `weight` is not looked at
   void* workspace;   // as many bytes as ..._workspace() says; uninitialised
-  int threads;       // at most, for the CPU kernels
+  int threads = 1;   // at most, for the CPU kernels
   bool tf32;         // whether float32 may be rounded to tf32 in products
   bool* all_finite;  // winograd: made false where a sum is not finite
 };
@@ -91,7 +91,7 @@ struct Conv2dBackwardInput {
   const void *dy, *weight;
   void* dx;
   void* workspace;
-  int threads;
+  int threads = 1;
   bool tf32;         // whether float32 may be rounded to tf32 in products
   bool* all_finite;  // winograd: made false where a sum is not finite
 };
@@ -101,7 +101,7 @@ struct Conv2dBackwardWeight {
   const void *x, *dy;
   void *dweight, *dbias;  // dbias may be null
   void* workspace;
-  int threads;
+  int threads = 1;
   bool tf32;         // whether float32 may be rounded to tf32 in products
   bool* all_finite;  // winograd: made false where a sum is not finite
 };

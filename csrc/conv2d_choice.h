@@ -101,10 +101,6 @@ inline ConvAlgorithm choose_to_weight(const ConvShape& s, const ConvMeasure& m, 
 // A row: an algorithm, where it is taken, and why.  The first that fits counts.  onednn: whether torch's convolution is
 // that library's for this dtype.
 inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate, bool onednn) {
-  // Of this one oneDNN 3.12 leaves what was in the memory: depthwise with rows apart, in channels_last and bfloat16.
-  if (pass == ConvPass::kBackwardWeight && s.dtype == DType::kBFloat16 && s.channels_last && s.y.dilation > 1 &&
-      s.groups > 1 && computes(ConvAlgorithm::kDepthwise, s, pass))
-    return ConvAlgorithm::kDepthwise;
   // Torch has vectors where ours are compiled without, on Arm among others.
   if (cpu::isa() == cpu::Isa::kDefault) return ConvAlgorithm::kTorch;
   if (!onednn) return choose_without_onednn(s, pass);

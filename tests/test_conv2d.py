@@ -154,12 +154,19 @@ def test_dilated_depthwise_in_bfloat16(backend, dilation):
     """Whose gradient to the weight torch leaves unwritten in channels_last."""
     x, weight, dy = (torch.randn(s).bfloat16() for s in ((2, 16, 10, 70), (16, 1, 3, 3), (2, 16, 10, 70)))
 
-    def gradient(function, dtype, device):
-        leaf = to_layout(weight.to(device, dtype), "channels_last").requires_grad_()
-        y = function(to_layout(x.to(device, dtype), "channels_last"), leaf, None, 1, dilation, dilation, 16)
-        return torch.autograd.grad(y, leaf, to_layout(dy.to(device, dtype), "channels_last"))[0]
+    def gradient(function, dtype, device, create_graph=False):
+        # Of one channel, to_layout() would leave the strides as they are.
+        leaf = weight.to(device, dtype).to(memory_format=torch.channels_last).requires_grad_()
+        inputs, dz = (to_layout(t.to(device, dtype), "channels_last") for t in (x, dy))
+        y = function(inputs, leaf, None, 1, dilation, dilation, 16)
+        return torch.autograd.grad(y, leaf, dz, create_graph=create_graph)[0].detach()
 
-    assert error(gradient(conv2d, torch.bfloat16, backend.device), gradient(F.conv2d, torch.float64, "cpu")) < 0.01
+    exact = gradient(F.conv2d, torch.float64, "cpu")
+    assert error(gradient(conv2d, torch.bfloat16, backend.device), exact) < 0.01
+    if backend.device == "cpu":
+        for algorithm, create_graph in itertools.product(("auto", "torch"), (False, True)):
+            ours = gradient(lambda *a: conv2d(*a, algorithm=algorithm), torch.bfloat16, "cpu", create_graph)  # noqa: B023
+            assert error(ours, exact) < 0.01
 
 
 def changes():

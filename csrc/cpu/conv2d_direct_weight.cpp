@@ -138,7 +138,6 @@ struct DirectWeight : ConvWeightWork<T> {
   }
 
   void add_group(const ConvBlock& block, const A* x, const A* dy, int64_t width, A* to) const {
-    // Tiles of about one size: the smallest wait for their own sums.
     for_shares(width, kTileChannels, [&](int64_t o, int64_t o_end) {
       with_count<kTileChannels>(o_end - o, [&](auto channels) {
         constexpr int kMost = tile_terms(channels);
@@ -150,13 +149,6 @@ struct DirectWeight : ConvWeightWork<T> {
         });
       });
     });
-  }
-
-  // f(begin, end) for shares of [0, count), of at most so many.
-  template <class F>
-  static void for_shares(int64_t count, int64_t most, F f) {
-    const int64_t shares = (count + most - 1) / most;
-    for (int64_t i = 0; i < shares; i++) f(count * i / shares, count * (i + 1) / shares);
   }
 
   void run_item(int64_t item, const Own& own) const {

@@ -95,4 +95,11 @@ template <class F>
   with_count<kTileRows>(rows, f);
 }
 
+// f(begin, end) for even shares of [0, count), of at most so many: the smallest tiles wait for their own sums.
+template <class F>
+[[gnu::always_inline]] inline void for_shares(int64_t count, int64_t most, F f) {
+  const int64_t shares = (count + most - 1) / most;
+  for (int64_t i = 0; i < shares; i++) f(count * i / shares, count * (i + 1) / shares);
+}
+
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

@@ -152,7 +152,6 @@ struct WeightGradient : ConvWeightWork<T> {
       next_dy = fetch_pixels(this->dy_of(next->sample), dy_layout, channel, width, next->row * x.out,
                              next->row_end * x.out, samples, shares);
     }
-    // `rows` rows of sums: left(pixel) are numbers for each, right(pixel) a panel.
     auto add_tile = [&](A* sums, int64_t rows, auto left, auto right) __attribute__((always_inline)) {
       with_rows(rows, [&](auto row_count) __attribute__((always_inline)) {
         constexpr int R = row_count;
@@ -168,19 +167,24 @@ struct WeightGradient : ConvWeightWork<T> {
         tile.store(sums, kColumns);
       });
     };
+    for_tiles(own, pixels, width, dy_from, dy_step, to, add_tile);
+    if (p.dbias) add_bias(pixels, width, dy_from, dy_step, bias_to);
+  }
+
+  // f(sums, rows, left, right) for every tile: left(pixel) are numbers for each of its rows, right(pixel) a panel.
+  template <class From, class F>
+  [[gnu::always_inline]] void for_tiles(const Own& own, int64_t pixels, int64_t width, From dy_from, int64_t dy_step,
+                                        A* to, F f) const {
     for (int64_t first = 0; turned && first < width; first += kColumns)
       for (int64_t run = 0; run < runs; run++) {
         const A* const dy = dy_from(first);
         const A* const* const x_rows = own.x_rows + run * pixels;
         A* const run_to = to + first * sums_of_channel() + run * run_length * kColumns;
-        // Tiles of about one size: the smallest wait for their own sums.
-        const int64_t count = tiles_of(run_length);
-        for (int64_t i = 0; i < count; i++) {
-          const int64_t row = run_length * i / count, row_end = run_length * (i + 1) / count;
-          add_tile(
-              run_to + row * kColumns, row_end - row, [&](int64_t pixel) { return x_rows[pixel] + row; },
+        for_shares(run_length, kTileRows, [&](int64_t row, int64_t end) __attribute__((always_inline)) {
+          f(
+              run_to + row * kColumns, end - row, [&](int64_t pixel) { return x_rows[pixel] + row; },
               [&](int64_t pixel) { return dy + pixel * dy_step; });
-        }
+        });
       }
     for (int64_t run = 0; !turned && run < runs; run++)
       for (int64_t panel = 0; panel < panels; panel++) {
@@ -189,13 +193,12 @@ struct WeightGradient : ConvWeightWork<T> {
         A* const panel_to = to + (run * panels + panel) * sums_of_panel();
         for (int64_t o = 0; o < width; o += kTileRows) {
           const A* const dy = dy_from(o);
-          add_tile(
+          f(
               panel_to + o * kColumns, std::min<int64_t>(kTileRows, width - o),
               [&](int64_t pixel) { return dy + pixel * dy_step; },
               [&](int64_t pixel) { return x_rows[pixel] + begin; });
         }
       }
-    if (p.dbias) add_bias(pixels, width, dy_from, dy_step, bias_to);
   }
 
   template <class From>
@@ -203,18 +206,13 @@ struct WeightGradient : ConvWeightWork<T> {
     for (int64_t first = 0, count; first < width; first += count) {
       const A* const dy = dy_from(first);
       count = std::min({int64_t(V::size()), width - first, side_by_side - first % side_by_side});
-      const V sum = count == V::size()
-                        ? sum_of_pixels(dy, pixels, dy_step, [](const A* q) { return V::loadu(q); })
-                        : sum_of_pixels(dy, pixels, dy_step, [&](const A* q) { return V::loadu(q, count); });
-      (V::loadu(to + first, count) + sum).store(to + first, count);
+      V even(A(0)), odd(A(0));  // two chains of additions, which are waited for
+      int64_t i = 0;
+      for (; i + 2 <= pixels; i += 2)
+        even = even + V::loadu(dy + i * dy_step, count), odd = odd + V::loadu(dy + (i + 1) * dy_step, count);
+      if (i < pixels) even = even + V::loadu(dy + i * dy_step, count);
+      (V::loadu(to + first, count) + even + odd).store(to + first, count);
     }
-  }
-  template <class Read>
-  static V sum_of_pixels(const A* dy, int64_t pixels, int64_t step, Read read) {
-    V even(A(0)), odd(A(0));  // two chains of additions, which are waited for
-    int64_t i = 0;
-    for (; i + 2 <= pixels; i += 2) even = even + read(dy + i * step), odd = odd + read(dy + (i + 1) * step);
-    return i < pixels ? even + odd + read(dy + i * step) : even + odd;
   }
 
   void run_item(int64_t item, const Own& own) const {

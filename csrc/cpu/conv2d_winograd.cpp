@@ -76,7 +76,7 @@ struct Product : ConvWork<T>, Sizes<kTile> {
   explicit Product(const ConvProblem& problem)
       : Work(problem),
         pitch(spread(terms)),
-        tiles(n, y.out, x.out, tiles_together<kTile>(packed_bytes(), n, y.out, x.out, std::max(1, p.threads))),
+        tiles(n, y.out, x.out, tiles_together<kTile>(packed_bytes(), n, y.out, x.out, p.threads)),
         on_the_fly(!p.packed && (tiles.blocks.count == 1 || packed_bytes() > kMostFilters * (p.threads > 1 ? 4 : 1))),
         streaming(Work::streaming()),
         by_depth(on_the_fly && tiles.most() <= same_points<kTile>(kFewTiles)),
