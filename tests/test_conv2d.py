@@ -2,6 +2,7 @@
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ CASES = {
     "depthwise 5x5, long rows": ((1, 20, 6, 75), (20, 1, 5, 5), 1, 2, 1, 20),
     "depthwise, long rows": ((2, 20, 5, 75), (20, 1, 3, 3), 1, 1, 1, 20),
     "depthwise s2, long rows": ((1, 37, 9, 70), (37, 1, 3, 5), (1, 2), (1, 2), (2, 1), 37),
+    "3x3, a panel and half": ((2, 3, 7, 45), (13, 3, 3, 3), 1, 1, 1, 1),
     "groups, long rows": ((2, 6, 4, 50), (9, 2, 3, 3), 1, 1, 1, 3),
     "padding beyond the window": ((1, 2, 3, 4), (3, 2, 2, 2), 1, 4, 1, 1),
     "one pixel": ((3, 7, 1, 1), (5, 7, 3, 3), 1, 1, 1, 1),
@@ -147,6 +149,29 @@ def test_weights_gradient_of_many_blocks(algorithm, layout):
     ours = gradients(lambda *a: conv2d(*a, algorithm=algorithm), torch.float32)
     for a, b in zip(ours, gradients(F.conv2d, torch.float64), strict=True):
         assert error(a, b) < (3e-5 if algorithm == "winograd" else 2e-6)
+
+
+@lru_cache
+def large_case(groups, kernel):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (1, max(groups, 2), 448, 432), (32, 2 if groups == 1 else 1, kernel, kernel)
+    x, weight = (torch.randn(s, generator=generator) for s in shapes)
+    window = None, 1, kernel // 2, 1, groups
+    return x, weight, window, F.conv2d(x.double(), weight.double(), *window).float()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("algorithm, kernel", [*((a, 3) for a in COMPUTES), ("im2col", 1)])
+def test_results_larger_than_the_caches(backend, algorithm, kernel, layout):
+    """Which are written past them."""
+    if backend.device == "cuda" or backend.small:
+        pytest.skip("the CPU kernels are meant")
+    x, weight, window, exact = large_case(32 if algorithm == "depthwise" else 1, kernel)
+    x, weight = (to_layout(t, layout) for t in (x, weight))
+    for _ in range(2):  # the first may get memory that was never written, which is left to the caches
+        y = conv2d(x, weight, *window, algorithm=algorithm)
+        assert (y - exact).abs().max() < (3e-5 if algorithm == "winograd" else 2e-6) * exact.abs().max()
+        del y
 
 
 @pytest.mark.parametrize("dilation", [(2, 1), (1, 2), (2, 2), (3, 3)])

@@ -1,9 +1,9 @@
 // Convolution of and to few channels, and its gradient to the input; ../conv2d.h has the formulas.
 //
-// Columns of the product are neighbouring pixels of a row, or of two if one vector has all of a row, read where they
-// are; rows are channels of the result, a tile of them at a time: so neither few channels to read nor few to make leave
-// lanes or registers idle, as they do where channels are side by side.  An image's rows are copied once, as
-// conv2d_planes.h has them.
+// Columns of the product are neighbouring pixels of a row, or of two where one vector has all or the last of a row,
+// read where they are; rows are channels of the result, a tile of them at a time: so neither few channels to read nor
+// few to make leave lanes or registers idle, as they do where channels are side by side.  An image's rows are copied
+// once, as conv2d_planes.h has them.
 //
 // Floor: n * pixels * co * ci * taps multiply-adds; a tile's steps read one vector pair and tile_rows numbers, from L1.
 #include "conv2d_planes.h"
@@ -23,6 +23,7 @@ struct Direct : ConvWork<T> {
 
   const int64_t row_tiles, tile_rows;  // of about one size
   const int64_t depth;                 // terms of a sum
+  const int64_t last;                  // pixels of a row that are left to one vector, with the next row's
   const ConvPlanes planes;
   const ConvBlocks blocks;        // of one sample
   const int64_t plane;            // of a block's copy: a channel
@@ -37,15 +38,14 @@ struct Direct : ConvWork<T> {
         row_tiles((results + kTileRows - 1) / kTileRows),
         tile_rows((results + row_tiles - 1) / row_tiles),
         depth(terms * p.shape.taps()),
-        planes(p.shape, p.backward, std::max<int64_t>(0, (narrow() ? V::size() : kColumns) - x.out)),
+        last(x.out % kColumns <= V::size() ? x.out % kColumns : 0),
+        planes(p.shape, p.backward, std::max<int64_t>(0, (last == x.out ? V::size() : kColumns) - x.out)),
         blocks(n, y.out, x.out, std::min(kPixels, out_layout.pixels)),
         plane(planes.plane(blocks.rows)),
         bundle(p.shape.channels_last ? std::clamp<int64_t>(64 / (results * int64_t(sizeof(T))), 1, groups) : 1),
         bundles((groups + bundle - 1) / bundle),
-        streaming(!p.shape.channels_last && x.out % kColumns == 0 && this->streams_runs(x.out)),
+        streaming(!p.shape.channels_last && x.out % V::size() == 0 && this->streams_runs(last ? V::size() : kColumns)),
         memory(*this) {}
-
-  bool narrow() const { return x.out <= V::size(); }  // then a tile has two rows of pixels
 
   void layout_shared(Arena& s) {
     weights = s.take<A>(groups * row_tiles * depth * tile_rows);
@@ -93,8 +93,16 @@ struct Direct : ConvWork<T> {
     for (int64_t r = 0; r < rows; r++) {
       T* const line = to + (channel + r) * pixels + pixel;
       const A* const from = tile + r * kColumns;
-      columns == kColumns ? store_output<T>(line, load<A>(from, Full<A>()), Full<T>(), Zero(), streaming)
-                          : store(line, load<A>(from, columns), columns);
+      if (columns == kColumns) {
+        store_output<T>(line, load<A>(from, Full<A>()), Full<T>(), Zero(), streaming);
+        continue;
+      }
+      if constexpr (std::is_same_v<T, A>)
+        if (columns == V::size()) {
+          store_vector(line, V::loadu(from), streaming);
+          continue;
+        }
+      store(line, load<A>(from, columns), columns);
     }
   }
 
@@ -126,35 +134,32 @@ struct Direct : ConvWork<T> {
   void run_group(const ConvBlock& block, int64_t group, const Own& own) const {
     planes.read(static_cast<const T*>(p.in) + block.sample * in_layout.channels * in_layout.pixels, in_layout,
                 group * terms, terms, block.row, block.row_end, own.image, plane);
-    if (narrow()) return run_rows(block, group, own);
-    for (int64_t row = block.row; row < block.row_end; row++) {
-      const Terms seen = terms_of(row);
-      for (int64_t column = 0; column < x.out; column += kColumns) {
-        // The last pixels of a row are taken together with some before them, if there are.
-        const int64_t first = std::max<int64_t>(0, std::min<int64_t>(column, x.out - kColumns));
-        const int64_t columns = std::min<int64_t>(kColumns, x.out - first);
-        const A* const at = own.image + (row - block.row) * planes.row_step() + first;
-        for (int64_t tile = 0; tile < row_tiles; tile++) {
-          const int64_t rows = std::min(tile_rows, results - tile * tile_rows);
-          run_tile(group * row_tiles + tile, rows, seen, at, V::size(), own.tile);
-          write(own.tile, block.sample, group * results + tile * tile_rows, rows, row * x.out + first, columns);
+    for (int64_t row = block.row; row < block.row_end; row += 2) {
+      const int64_t rows = std::min<int64_t>(2, block.row_end - row);
+      for (int64_t i = row; i < row + rows; i++)
+        for (int64_t column = 0; column < x.out - last; column += kColumns) {
+          // The last of a row's pixels are taken together with some before them, if there are.
+          const int64_t first = std::max<int64_t>(0, std::min<int64_t>(column, x.out - kColumns));
+          run_tiles(block, group, i, 1, first, std::min(kColumns, x.out - first), own);
         }
-      }
+      if (last)
+        run_tiles(block, group, row, rows, std::max<int64_t>(0, x.out - V::size()), std::min<int64_t>(V::size(), x.out),
+                  own);
     }
   }
 
-  // Two rows at a time, one vector of each.
-  void run_rows(const ConvBlock& block, int64_t group, const Own& own) const {
-    for (int64_t row = block.row; row < block.row_end; row += 2) {
-      const bool both = row + 1 < block.row_end;
-      const Terms seen = both ? terms_of(row) | terms_of(row + 1) : terms_of(row);
-      const A* const at = own.image + (row - block.row) * planes.row_step();
-      for (int64_t tile = 0; tile < row_tiles; tile++) {
-        const int64_t first = tile * tile_rows, rows = std::min(tile_rows, results - first);
-        run_tile(group * row_tiles + tile, rows, seen, at, both ? planes.row_step() : 0, own.tile);
-        for (int64_t i = 0; i <= both; i++)
-          write(own.tile + i * V::size(), block.sample, group * results + first, rows, (row + i) * x.out, x.out);
-      }
+  // All results of `columns` pixels from column `first` on: of one row a panel, or one vector of each of two rows.
+  void run_tiles(const ConvBlock& block, int64_t group, int64_t row, int64_t rows, int64_t first, int64_t columns,
+                 const Own& own) const {
+    const Terms seen = rows == 2 ? terms_of(row) | terms_of(row + 1) : terms_of(row);
+    const A* const at = own.image + (row - block.row) * planes.row_step() + first;
+    const int64_t half = columns > V::size() ? V::size() : rows == 2 ? planes.row_step() : 0;
+    for (int64_t tile = 0; tile < row_tiles; tile++) {
+      const int64_t channel = tile * tile_rows, channels = std::min(tile_rows, results - channel);
+      run_tile(group * row_tiles + tile, channels, seen, at, half, own.tile);
+      for (int64_t i = 0; i < rows; i++)
+        write(own.tile + i * V::size(), block.sample, group * results + channel, channels, (row + i) * x.out + first,
+              columns);
     }
   }
 
