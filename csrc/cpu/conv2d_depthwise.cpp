@@ -42,17 +42,19 @@ struct DepthwisePlanes : ConvWork<T> {
   static constexpr int64_t kLane = V::size();
 
   const int64_t taps;
+  const int64_t vectors;  // of a row of results, the last one perhaps beyond its end
   const ConvPlanes planes;
   const ConvBlocks blocks;  // of one sample
   const bool streaming;
   A *weights, *bias;  // [channel][tap], [channel]
-  int64_t* offset;    // of each tap in a plane; taps are in the order of what they see
+  int64_t* offset;    // of each tap in a plane; taps are by column, in the order of what they see
   const ConvMemory memory;
 
   explicit DepthwisePlanes(const ConvProblem& problem)
       : Work(problem),
         taps(p.shape.taps()),
-        planes(p.shape, p.backward, kTileVectors * kLane),
+        vectors((x.out + kLane - 1) / kLane),
+        planes(p.shape, p.backward, vectors * kLane - x.out),
         blocks(n, y.out, x.out, std::min(kPixels, out_layout.pixels)),
         streaming(this->streams_runs(blocks.rows * x.out) && out_layout.pixels * sizeof(T) % 64 == 0),
         memory(*this) {}
@@ -98,19 +100,21 @@ struct DepthwisePlanes : ConvWork<T> {
     const V start(bias[channel]);
     for (auto& row : sum)
       for (auto& v : row) v = start;
-    for (int64_t column = 0; column < x.kernel; column++) {
-      const A* const w = weights + channel * taps + column;
-      const A* const from = at + offset[column];
+    const A* w = weights + channel * taps;
+    for (int64_t column = 0; column < x.kernel; column++, w += K) {
+      V scale[K];
+#pragma GCC unroll 7
+      for (int k = 0; k < K; k++) scale[k] = V(w[k]);
+      const A* row = at + offset[column * K];
 #pragma GCC unroll 10
-      for (int i = 0; i < R + K - 1; i++) {
+      for (int i = 0; i < R + K - 1; i++, row += planes.row_size) {
+        asm("" : "+r"(row));  // or each row may get a register for its place
         V v[N];
-        for (int j = 0; j < N; j++) v[j] = V::loadu(from + i * planes.row_size + j * kLane);
+        for (int j = 0; j < N; j++) v[j] = V::loadu(row + j * kLane);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-          if (i < r || i - r >= K) continue;
-          const V scale(w[(i - r) * x.kernel]);
-          for (int j = 0; j < N; j++) sum[r][j] = at::vec::fmadd(scale, v[j], sum[r][j]);
-        }
+        for (int r = 0; r < R; r++)
+          if (i >= r && i - r < K)
+            for (int j = 0; j < N; j++) sum[r][j] = at::vec::fmadd(scale[i - r], v[j], sum[r][j]);
       }
     }
     for (int r = 0; r < R; r++)
@@ -118,7 +122,6 @@ struct DepthwisePlanes : ConvWork<T> {
   }
   template <int K>
   void run_windows(int64_t rows, int64_t channel, const Own& own) const {
-    const int64_t vectors = (x.out + kLane - 1) / kLane;
     const int64_t pieces = (vectors + kWindowVectors - 1) / kWindowVectors, piece = (vectors + pieces - 1) / pieces;
     auto run_rows = [&](auto row_count, int64_t row) {
       constexpr int R = row_count;
@@ -135,7 +138,6 @@ struct DepthwisePlanes : ConvWork<T> {
   }
 
   void run_tiles(int64_t rows, int64_t channel, const Own& own) const {
-    const int64_t vectors = (x.out + kLane - 1) / kLane;
     // Rows from left to right: a tile's last vector may reach into the next row, which is written later.
     const int64_t pieces = (vectors + kTileVectors - 1) / kTileVectors, piece = (vectors + pieces - 1) / pieces;
     auto run_rows = [&](auto row_count, int64_t row) {
@@ -177,7 +179,7 @@ struct DepthwisePlanes : ConvWork<T> {
     layout_shared(shared);
     for (int64_t c = 0; c < groups; c++) bias[c] = this->bias_of(c, 0);
     for (int64_t k = 0; k < taps; k++) {
-      const int64_t tap = p.backward ? taps - 1 - k : k;
+      const int64_t seen = k % y.kernel * x.kernel + k / y.kernel, tap = p.backward ? taps - 1 - seen : seen;
       offset[k] = planes.offset(tap / x.kernel, tap % x.kernel);
       for (int64_t c = 0; c < groups; c++) weights[c * taps + k] = A(static_cast<const T*>(p.weight)[c * taps + tap]);
     }
