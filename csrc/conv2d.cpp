@@ -2,6 +2,7 @@
 #include "conv2d.h"
 
 #include <ATen/Context.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/elu.h>
@@ -24,19 +25,80 @@ namespace fastnorm {
 
 // ---- Torch's own ----------------------------------------------------------------------------------------------------
 
+namespace {
+
+// Whether there is something to mend for the CPU's kernels, and not a graph being recorded.
+bool is_on_cpu(const Tensor& t) { return t.is_cpu() && !t.unsafeGetTensorImpl()->has_symbolic_sizes_strides(); }
+
+// Dilated windows along an axis, none of which sees a pixel.
+bool sees_nothing(const Tensor& x, const Tensor& weight, const ConvWindow& w, int d) {
+  if (w.dilation[d] == 1) return false;
+  const int64_t in = x.size(2 + d), end = in + 2 * w.padding[d] - w.dilation[d] * (weight.size(2 + d) - 1);
+  for (int64_t first = 0; first < end; first += w.stride[d])
+    for (int64_t tap = 0; tap < weight.size(2 + d); tap++)
+      if (const int64_t at = first - w.padding[d] + tap * w.dilation[d]; at >= 0 && at < in) return false;
+  return true;
+}
+
+// What torch cannot be asked: oneDNN 3.12 crashes over windows that see nothing, and with AMX, in 16 bits, it reads and
+// writes other memory where a row has one result, or fewer pixels than a stride.
+bool torch_is_lost(const Tensor& x, const Tensor& weight, const ConvWindow& w) {
+  if (!is_on_cpu(x) || !is_on_cpu(weight)) return false;
+  if (sees_nothing(x, weight, w, 0) || sees_nothing(x, weight, w, 1)) return true;
+  return at::isReducedFloatingType(x.scalar_type()) && w.stride[1] > 1 &&
+         (x.size(3) < w.stride[1] || w.output(x.size(3), weight.size(3), 1) == 1);
+}
+
+// The same convolution of an image that has its padding, in 32 bits or more.
+struct PaddedConvolution {
+  Tensor x, weight;
+  ConvWindow window;
+
+  PaddedConvolution(const Tensor& x, const Tensor& weight, const ConvWindow& w)
+      : x(at::constant_pad_nd(wide(x), {w.padding[1], w.padding[1], w.padding[0], w.padding[0]})),
+        weight(wide(weight)),
+        window(w) {
+    window.padding = {0, 0};
+  }
+  static Tensor wide(const Tensor& t) { return at::isReducedFloatingType(t.scalar_type()) ? t.to(at::kFloat) : t; }
+};
+
+// A single sample's stride says nothing; torch's own loops over groups go by it.
+Tensor with_stride_of_samples(const Tensor& x) {
+  if (!is_on_cpu(x) || x.size(0) != 1 || x.stride(0) == x.numel()) return x;
+  std::vector<int64_t> strides = x.strides().vec();
+  strides[0] = x.numel();
+  return x.as_strided(x.sizes(), strides);
+}
+
+}  // namespace
+
 Tensor torch_convolution(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const ConvWindow& w) {
+  if (torch_is_lost(x, weight, w)) {
+    const PaddedConvolution p(x, weight, w);
+    const OptionalTensor wide_bias = bias ? OptionalTensor(p.wide(*bias)) : bias;
+    return torch_convolution(p.x, p.weight, wide_bias, p.window).to(x.scalar_type());
+  }
   return at::convolution(x, weight, bias, w.stride, w.padding, w.dilation, false, {0, 0}, w.groups);
 }
 
 std::tuple<Tensor, Tensor, Tensor> torch_convolution_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
                                                               const ConvWindow& w, std::array<bool, 3> mask) {
+  if (torch_is_lost(x, weight, w)) {
+    const PaddedConvolution p(x, weight, w);
+    auto [dx, dweight, dbias] = torch_convolution_backward(p.wide(dy), p.x, p.weight, p.window, mask);
+    if (mask[0]) dx = dx.narrow(2, w.padding[0], x.size(2)).narrow(3, w.padding[1], x.size(3));
+    for (Tensor* t : {&dx, &dweight, &dbias})
+      if (t->defined()) *t = t->to(x.scalar_type());
+    return {dx, dweight, dbias};
+  }
   const std::array<c10::SymInt, 2> stride{w.stride[0], w.stride[1]}, padding{w.padding[0], w.padding[1]},
       dilation{w.dilation[0], w.dilation[1]}, none{0, 0};
   const std::array<c10::SymInt, 1> bias{weight.sym_size(0)};
   // oneDNN 3.12 leaves this gradient's memory as it was: depthwise with rows apart, in bfloat16 and channels_last.
   const bool unwritten = mask[1] && x.is_cpu() && x.scalar_type() == at::kBFloat16 && w.dilation[0] > 1 &&
                          w.groups > 1 && weight.sym_size(0) == w.groups;
-  auto planes = [&](const Tensor& t) { return unwritten ? t.contiguous() : t; };
+  auto planes = [&](const Tensor& t) { return unwritten ? t.contiguous() : with_stride_of_samples(t); };
   // Of one channel, a weight is contiguous in either layout: its strides tell torch which.
   const Tensor filters = unwritten ? weight.clone(at::MemoryFormat::Contiguous) : weight;
   return at::convolution_backward_symint(planes(dy), planes(x), filters, at::OptionalSymIntArrayRef(bias), stride,

@@ -2,7 +2,7 @@
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
@@ -192,6 +192,65 @@ def test_dilated_depthwise_in_bfloat16(backend, dilation):
         for algorithm, create_graph in itertools.product(("auto", "torch"), (False, True)):
             ours = gradient(lambda *a: conv2d(*a, algorithm=algorithm), torch.bfloat16, "cpu", create_graph)  # noqa: B023
             assert error(ours, exact) < 0.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape, weight_shape, stride, padding, dilation, groups",
+    [
+        ((1, 8, 14, 3), (32, 8, 3, 3), 2, 0, 1, 1),
+        ((1, 24, 14, 4), (12, 8, 3, 3), 2, 0, 1, 3),
+        ((2, 8, 20, 4), (16, 8, 3, 3), (1, 3), 1, 1, 1),
+        ((2, 5, 35, 1), (7, 5, 3, 3), (1, 2), 2, (1, 2), 1),
+        ((2, 3, 7, 1), (16, 3, 2, 2), (1, 2), 3, (1, 2), 1),
+        ((3, 17, 7, 1), (34, 1, 3, 1), 2, 1, (1, 2), 17),
+        ((2, 9, 1, 9), (12, 3, 3, 3), (2, 1), 3, 2, 3),
+        ((1, 8, 20, 1), (16, 1, 3, 3), (1, 2), 1, 1, 8),
+        ((1, 8, 1, 1), (33, 8, 3, 3), 3, 1, 1, 1),
+        ((2, 8, 35, 1), (4, 8, 7, 3), (1, 2), 2, 1, 1),
+    ],
+)
+def test_where_torch_is_lost(backend, shape, weight_shape, stride, padding, dilation, groups, dtype):
+    """oneDNN takes rows of one result with a stride from other memory, and crashes over windows that see nothing."""
+    x, weight, bias = (torch.randn(s).to(dtype) for s in (shape, weight_shape, weight_shape[:1]))
+    window = stride, padding, dilation, groups
+
+    def results(function, dtype, device, layout, create_graph=False):
+        leaves = [to_layout(t.to(device, dtype), layout).detach().requires_grad_() for t in (x, weight)]
+        leaves.append(bias.to(device, dtype).requires_grad_())
+        y = function(*leaves, *window)
+        gradients = torch.autograd.grad(y, leaves, torch.ones_like(y) / 4, create_graph=create_graph)
+        return [t.detach() for t in (y, *gradients)]
+
+    exact = results(F.conv2d, torch.float64, "cpu", "planes")
+    algorithms = ("auto", "torch") if backend.device == "cpu" else ("im2col",)
+    for layout, algorithm, create_graph in itertools.product(LAYOUTS, algorithms, (False, True)):
+        ours = results(partial(conv2d, algorithm=algorithm), dtype, backend.device, layout, create_graph)
+        for a, b in zip(ours, exact, strict=True):
+            assert error(a, b) < {torch.bfloat16: 0.01, torch.float16: 2e-3}.get(dtype, 2e-6), (layout, algorithm)
+            assert a.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("terms", [2, 16])
+def test_one_image_of_permuted_pixels(backend, terms, dtype):
+    """Its batch has a stride that says nothing, by which torch goes in groups: its gradient to the weight is wrong."""
+    pixels, weight = torch.randn(9, 11, 3 * terms).to(dtype), torch.randn(12, terms, 3, 3).to(dtype)
+    dy = torch.randn(12, 9, 11).to(dtype)
+
+    def gradients(function, dtype, device, layout, create_graph=False):
+        x = pixels.to(device, dtype).permute(2, 0, 1)
+        leaves = (x if layout else x.contiguous()), to_layout(weight.to(device, dtype), layout or "planes")
+        leaves = [t.detach().requires_grad_() for t in leaves]
+        y = function(*leaves, None, 1, 1, 1, 3)
+        return torch.autograd.grad(y, leaves, dy.to(device, dtype), create_graph=create_graph)
+
+    exact = gradients(F.conv2d, torch.float64, "cpu", None)
+    algorithms = ("auto", "torch") if backend.device == "cpu" else ("im2col",)
+    for layout, algorithm, create_graph in itertools.product(LAYOUTS, algorithms, (False, True)):
+        function = partial(conv2d, algorithm=algorithm)
+        for a, b in zip(gradients(function, dtype, backend.device, layout, create_graph), exact, strict=True):
+            assert error(a, b) < {torch.bfloat16: 0.01, torch.float16: 2e-3}.get(dtype, 2e-6), (layout, algorithm)
 
 
 def changes():
