@@ -134,8 +134,9 @@ def by_torch(c):
     def argument(c):
         h = c.x if c.addend is None else c.x + c.addend
         last = h.movedim(1, -1) if c.dim == 1 else h
-        if c.weight is not None and c.weight.dtype != h.dtype:  # which not every kernel of torch takes
-            last = last.to(c.weight.dtype)
+        for t in (c.weight, c.bias):
+            if t is not None and t.dtype != h.dtype:  # which not every kernel of torch takes
+                last = last.to(t.dtype)
         if c.rms:
             z = F.rms_norm(last, c.normalized_shape, c.weight, c.eps)
             z = z if c.bias is None else z + c.bias
@@ -223,10 +224,12 @@ def test_without_weight_or_bias(backend, parameters, where):
 @ROWS_AND_TILES
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_float32_parameters_beside_16_bit_input(backend, dtype, where):
-    for activation in (None, "relu", "silu"):
-        c = make(where[0], where[1], 1, dtype, activation, True, param_dtype=torch.float32, device=backend.device)
+    options = {"residual": True, "param_dtype": torch.float32, "device": backend.device}
+    for activation, parameters in itertools.product((None, "relu", "silu"), ("both", "bias")):
+        c = make(where[0], where[1], 1, dtype, activation, parameters=parameters, **options)
         ours = check_case(c)
-        assert ours.y.dtype == dtype and ours.gradients["weight"].dtype == torch.float32
+        assert ours.y.dtype == dtype and ours.gradients["bias"].dtype == torch.float32
+        assert ours.gradients["x"].dtype == dtype
 
 
 @ROWS_AND_TILES
