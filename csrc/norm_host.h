@@ -48,16 +48,19 @@ inline const uint8_t* mask_or_null(const OptionalTensor& mask) {
 // The data of a result if it is wanted.
 inline void* data_if(bool wanted, const Tensor& t) { return wanted ? t.mutable_data_ptr() : nullptr; }
 
-inline Tensor workspace(size_t bytes, const Tensor& x) {
-  return bytes ? empty_tensor(int64_t(bytes), x.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous))
-               : Tensor();
-}
-
 // args.workspace = what bytes(args) asks for, in scope while f() runs.
 template <class Args, class Bytes, class F>
 void with_workspace(const Tensor& x, Args& args, Bytes bytes, F f) {
-  const Tensor scratch = workspace(bytes(args), x);
-  args.workspace = scratch.defined() ? scratch.mutable_data_ptr() : nullptr;
+  constexpr size_t kOnStack = 16 << 10;  // a small call takes as long as a tensor's allocation
+  const size_t size = bytes(args);
+  if (size <= kOnStack && x.is_cpu()) {
+    alignas(64) char scratch[kOnStack];
+    args.workspace = size ? scratch : nullptr;
+    return f();
+  }
+  const auto options = x.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous);
+  const Tensor scratch = size ? empty_tensor(int64_t(size), options) : Tensor();
+  args.workspace = size ? scratch.mutable_data_ptr() : nullptr;
   f();
 }
 
