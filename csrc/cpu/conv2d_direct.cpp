@@ -140,26 +140,27 @@ struct Direct : ConvWork<T> {
         for (int64_t column = 0; column < x.out - last; column += kColumns) {
           // The last of a row's pixels are taken together with some before them, if there are.
           const int64_t first = std::max<int64_t>(0, std::min<int64_t>(column, x.out - kColumns));
-          run_tiles(block, group, i, 1, first, std::min(kColumns, x.out - first), own);
+          run_strip(block, group, {i, 1, first, std::min(kColumns, x.out - first)}, own);
         }
-      if (last)
-        run_tiles(block, group, row, rows, std::max<int64_t>(0, x.out - V::size()), std::min<int64_t>(V::size(), x.out),
-                  own);
+      const int64_t first = std::max<int64_t>(0, x.out - V::size());
+      if (last) run_strip(block, group, {row, rows, first, x.out - first}, own);
     }
   }
 
-  // All results of `columns` pixels from column `first` on: of one row a panel, or one vector of each of two rows.
-  void run_tiles(const ConvBlock& block, int64_t group, int64_t row, int64_t rows, int64_t first, int64_t columns,
-                 const Own& own) const {
-    const Terms seen = rows == 2 ? terms_of(row) | terms_of(row + 1) : terms_of(row);
-    const A* const at = own.image + (row - block.row) * planes.row_step() + first;
-    const int64_t half = columns > V::size() ? V::size() : rows == 2 ? planes.row_step() : 0;
+  // Columns of the product: pixels of one row, a panel, or one vector of each of two rows.
+  struct Strip {
+    int64_t row, rows, first, columns;
+  };
+  void run_strip(const ConvBlock& block, int64_t group, const Strip& s, const Own& own) const {
+    const Terms seen = s.rows == 2 ? terms_of(s.row) | terms_of(s.row + 1) : terms_of(s.row);
+    const A* const at = own.image + (s.row - block.row) * planes.row_step() + s.first;
+    const int64_t half = s.columns > V::size() ? V::size() : s.rows == 2 ? planes.row_step() : 0;
     for (int64_t tile = 0; tile < row_tiles; tile++) {
       const int64_t channel = tile * tile_rows, channels = std::min(tile_rows, results - channel);
       run_tile(group * row_tiles + tile, channels, seen, at, half, own.tile);
-      for (int64_t i = 0; i < rows; i++)
-        write(own.tile + i * V::size(), block.sample, group * results + channel, channels, (row + i) * x.out + first,
-              columns);
+      for (int64_t i = 0; i < s.rows; i++)
+        write(own.tile + i * V::size(), block.sample, group * results + channel, channels,
+              (s.row + i) * x.out + s.first, s.columns);
     }
   }
 
