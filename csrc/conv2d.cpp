@@ -30,13 +30,14 @@ namespace {
 // Whether there is something to mend for the CPU's kernels, and not a graph being recorded.
 bool is_on_cpu(const Tensor& t) { return t.is_cpu() && !t.unsafeGetTensorImpl()->has_symbolic_sizes_strides(); }
 
-// Dilated windows along an axis, none of which sees a pixel.
+// Dilated windows along an axis, none of which sees a pixel; there are some.
 bool sees_nothing(const Tensor& x, const Tensor& weight, const ConvWindow& w, int d) {
-  if (w.dilation[d] == 1) return false;
-  const int64_t in = x.size(2 + d), end = in + 2 * w.padding[d] - w.dilation[d] * (weight.size(2 + d) - 1);
-  for (int64_t first = 0; first < end; first += w.stride[d])
-    for (int64_t tap = 0; tap < weight.size(2 + d); tap++)
-      if (const int64_t at = first - w.padding[d] + tap * w.dilation[d]; at >= 0 && at < in) return false;
+  const int64_t in = x.size(2 + d), kernel = weight.size(2 + d);
+  const int64_t end = in + 2 * w.padding[d] - w.dilation[d] * (kernel - 1);
+  if (w.dilation[d] == 1 || in == 0 || kernel == 0 || end <= 0) return false;
+  for (int64_t first = -w.padding[d]; first < end - w.padding[d]; first += w.stride[d])
+    for (int64_t tap = 0; tap < kernel; tap++)
+      if (const int64_t at = first + tap * w.dilation[d]; at >= 0 && at < in) return false;
   return true;
 }
 

@@ -247,11 +247,15 @@ def _instance_norm(
     return y
 
 
+def _rows(x: Tensor, groups: int) -> Tensor:
+    return x.reshape(x.shape[0] * groups, math.prod(x.shape[1:]) // groups)  # of no elements, -1 could be anything
+
+
 def _in_torch_operators(x, residual, weight, bias, groups, eps, activation, negative_slope) -> tuple[Tensor, Tensor]:
     """For torch.func's transforms inside torch.compile, which differentiate and batch only what they know."""
     z = F.group_norm(x, groups, weight, bias, eps)
     with torch.no_grad():
-        var, mean = torch.var_mean(x.detach().reshape(x.shape[0] * groups, -1), -1, correction=0)
+        var, mean = torch.var_mean(_rows(x.detach(), groups), -1, correction=0)
         stats = torch.stack((mean, torch.zeros_like(mean), (var + eps).rsqrt(), var))
     return activate(z if residual is None else z + residual, activation, negative_slope), stats
 
@@ -268,7 +272,7 @@ class _GroupNorm(Norm):
 
     def composite(self, x, residual, weight, bias, stats, groups, eps, activation, negative_slope):
         grouped = (x.shape[0] * groups, 1)
-        z = x.to(stats.dtype).reshape(x.shape[0] * groups, -1) - stats[0].view(grouped) - stats[1].view(grouped)
+        z = _rows(x.to(stats.dtype), groups) - stats[0].view(grouped) - stats[1].view(grouped)
         z = z - z.mean(-1, keepdim=True)
         z = (z * (z.square().mean(-1, keepdim=True) + eps).rsqrt()).view(x.shape)
         shape = (1, -1) + (1,) * (x.dim() - 2)

@@ -548,6 +548,15 @@ def test_errors(case):
             call(F.conv2d, x, weight)
 
 
+@pytest.mark.parametrize("shape, kernel", [((2, 4, 3, 8), 3), ((0, 4, 3, 8), 3), ((2, 4, 0, 8), 1), ((2, 4, 3, 8), 0)])
+def test_dilated_windows_that_do_not_fit(shape, kernel):
+    x, weight = torch.randn(shape), torch.randn(6, 4, kernel, 3)
+    with pytest.raises(RuntimeError):
+        conv2d(x, weight, dilation=2)
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(partial(conv2d, weight=weight, dilation=2), (x,), (x,))
+
+
 def test_other_dtypes_are_torchs():
     x, weight = torch.randn(1, 2, 5, 5, dtype=torch.complex64), torch.randn(3, 2, 3, 3, dtype=torch.complex64)
     assert torch.equal(conv2d(x, weight), F.conv2d(x, weight))

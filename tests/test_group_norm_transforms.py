@@ -74,6 +74,15 @@ def test_torch_func(activation):
     both(lambda f: vmap(grad(loss(f), argnums=(0, 1, 2)), in_dims=(0, None, None, None))(xs, w, b, r))
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 5), (2, 4, 0), (0, 4, 3, 2)])
+def test_of_nothing(shape):
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    for f in (fastnorm.GroupNorm(2, 4).double(), *([fastnorm.InstanceNorm1d(4).double()] if len(shape) == 3 else [])):
+        (dx,) = torch.autograd.grad(f(x), x, torch.randn_like(x, requires_grad=True), create_graph=True)
+        assert torch.autograd.grad(dx, x, torch.randn_like(dx))[0].shape == shape
+        assert torch.func.jvp(f, (x.detach(),), (x.detach(),))[1].shape == shape
+
+
 def test_dual_numbers():
     x, w, b, r = inputs()
     tangents = []
