@@ -44,7 +44,7 @@ bool sees_nothing(const Tensor& x, const Tensor& weight, const ConvWindow& w, in
 // What torch cannot be asked: oneDNN 3.12 crashes over windows that see nothing, and with AMX, in 16 bits, it reads and
 // writes other memory where a row has one result, or fewer pixels than a stride.
 bool torch_is_lost(const Tensor& x, const Tensor& weight, const ConvWindow& w) {
-  if (!is_on_cpu(x) || !is_on_cpu(weight)) return false;
+  if (x.dim() != 4 || weight.dim() != 4 || !is_on_cpu(x) || !is_on_cpu(weight)) return false;
   if (sees_nothing(x, weight, w, 0) || sees_nothing(x, weight, w, 1)) return true;
   return at::isReducedFloatingType(x.scalar_type()) && w.stride[1] > 1 &&
          (x.size(3) < w.stride[1] || w.output(x.size(3), weight.size(3), 1) == 1);
