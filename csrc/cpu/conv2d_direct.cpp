@@ -106,6 +106,14 @@ struct Direct : ConvWork<T> {
     }
   }
 
+  // What write() is going to write, while it is computed: planes are so far apart that each line would be waited for.
+  void prefetch_results(int64_t sample, int64_t channel, int64_t rows, int64_t pixel, int64_t columns) const {
+    const auto [channels, pixels, channels_last] = out_layout;
+    if (streaming || channels_last) return;
+    const T* const to = static_cast<const T*>(p.out) + (sample * channels + channel) * pixels + pixel;
+    for (int64_t r = 0; r < rows; r++) prefetch_run<true>(to + r * pixels, columns);
+  }
+
   void run_item(int64_t item, const Own& own) const {
     const ConvBlock block = blocks(item / bundles, n, y.out);
     const int64_t first = item % bundles * bundle;
@@ -157,6 +165,8 @@ struct Direct : ConvWork<T> {
     const int64_t half = s.columns > V::size() ? V::size() : s.rows == 2 ? planes.row_step() : 0;
     for (int64_t tile = 0; tile < row_tiles; tile++) {
       const int64_t channel = tile * tile_rows, channels = std::min(tile_rows, results - channel);
+      for (int64_t i = 0; i < s.rows; i++)
+        prefetch_results(block.sample, group * results + channel, channels, (s.row + i) * x.out + s.first, s.columns);
       run_tile(group * row_tiles + tile, channels, seen, at, half, own.tile);
       for (int64_t i = 0; i < s.rows; i++)
         write(own.tile + i * V::size(), block.sample, group * results + channel, channels,
