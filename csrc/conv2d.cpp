@@ -27,6 +27,13 @@ namespace fastnorm {
 
 namespace {
 
+// As torch's: channels_last if either argument is.
+at::MemoryFormat format_of(const Tensor& x, const Tensor& weight) {
+  const bool channels_last = x.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
+                             weight.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
 // Whether there is something to mend for the CPU's kernels, and not a graph being recorded.
 bool is_on_cpu(const Tensor& t) { return t.is_cpu() && !t.unsafeGetTensorImpl()->has_symbolic_sizes_strides(); }
 
@@ -41,13 +48,16 @@ bool sees_nothing(const Tensor& x, const Tensor& weight, const ConvWindow& w, in
   return true;
 }
 
-// What torch cannot be asked: oneDNN 3.12 crashes over windows that see nothing, and with AMX, in 16 bits, it reads and
-// writes other memory where a row has one result, or fewer pixels than a stride.
-bool torch_is_lost(const Tensor& x, const Tensor& weight, const ConvWindow& w) {
+// What torch cannot be asked.  oneDNN 3.12 crashes over windows that see nothing.  With AMX, in 16 bits, it reads and
+// writes other memory where a row has one result, or fewer pixels than a stride.  In bfloat16 and channels_last it
+// leaves the gradient to a depthwise weight unwritten if rows are apart.
+bool torch_is_lost(const Tensor& x, const Tensor& weight, const ConvWindow& w, bool to_weight) {
   if (x.dim() != 4 || weight.dim() != 4 || !is_on_cpu(x) || !is_on_cpu(weight)) return false;
   if (sees_nothing(x, weight, w, 0) || sees_nothing(x, weight, w, 1)) return true;
-  return at::isReducedFloatingType(x.scalar_type()) && w.stride[1] > 1 &&
-         (x.size(3) < w.stride[1] || w.output(x.size(3), weight.size(3), 1) == 1);
+  if (!at::isReducedFloatingType(x.scalar_type())) return false;
+  const bool unwritten = to_weight && x.scalar_type() == at::kBFloat16 && w.dilation[0] > 1 && w.groups > 1 &&
+                         weight.size(0) == w.groups && format_of(x, weight) == at::MemoryFormat::ChannelsLast;
+  return unwritten || (w.stride[1] > 1 && (x.size(3) < w.stride[1] || w.output(x.size(3), weight.size(3), 1) == 1));
 }
 
 // The same convolution of an image that has its padding, in 32 bits or more.
@@ -75,7 +85,7 @@ Tensor with_stride_of_samples(const Tensor& x) {
 }  // namespace
 
 Tensor torch_convolution(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const ConvWindow& w) {
-  if (torch_is_lost(x, weight, w)) {
+  if (torch_is_lost(x, weight, w, false)) {
     const PaddedConvolution p(x, weight, w);
     const OptionalTensor wide_bias = bias ? OptionalTensor(p.wide(*bias)) : bias;
     return torch_convolution(p.x, p.weight, wide_bias, p.window).to(x.scalar_type());
@@ -85,7 +95,7 @@ Tensor torch_convolution(const Tensor& x, const Tensor& weight, const OptionalTe
 
 std::tuple<Tensor, Tensor, Tensor> torch_convolution_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
                                                               const ConvWindow& w, std::array<bool, 3> mask) {
-  if (torch_is_lost(x, weight, w)) {
+  if (torch_is_lost(x, weight, w, mask[1])) {
     const PaddedConvolution p(x, weight, w);
     auto [dx, dweight, dbias] = torch_convolution_backward(p.wide(dy), p.x, p.weight, p.window, mask);
     if (mask[0]) dx = dx.narrow(2, w.padding[0], x.size(2)).narrow(3, w.padding[1], x.size(3));
@@ -96,14 +106,9 @@ std::tuple<Tensor, Tensor, Tensor> torch_convolution_backward(const Tensor& dy, 
   const std::array<c10::SymInt, 2> stride{w.stride[0], w.stride[1]}, padding{w.padding[0], w.padding[1]},
       dilation{w.dilation[0], w.dilation[1]}, none{0, 0};
   const std::array<c10::SymInt, 1> bias{weight.sym_size(0)};
-  // oneDNN 3.12 leaves this gradient's memory as it was: depthwise with rows apart, in bfloat16 and channels_last.
-  const bool unwritten = mask[1] && x.is_cpu() && x.scalar_type() == at::kBFloat16 && w.dilation[0] > 1 &&
-                         w.groups > 1 && weight.sym_size(0) == w.groups;
-  auto planes = [&](const Tensor& t) { return unwritten ? t.contiguous() : with_stride_of_samples(t); };
-  // Of one channel, a weight is contiguous in either layout: its strides tell torch which.
-  const Tensor filters = unwritten ? weight.clone(at::MemoryFormat::Contiguous) : weight;
-  return at::convolution_backward_symint(planes(dy), planes(x), filters, at::OptionalSymIntArrayRef(bias), stride,
-                                         padding, dilation, false, none, w.groups, mask);
+  return at::convolution_backward_symint(with_stride_of_samples(dy), with_stride_of_samples(x), weight,
+                                         at::OptionalSymIntArrayRef(bias), stride, padding, dilation, false, none,
+                                         w.groups, mask);
 }
 
 Tensor torch_activate(Activation activation, const Tensor& z, double negative_slope) {
@@ -168,13 +173,6 @@ void check_arguments(const Tensor& x, const Tensor& weight, const OptionalTensor
                 weight.sym_size(2), " x ", weight.sym_size(3),
                 "). Kernel size can't be greater than actual input size");
   }
-}
-
-// As torch's: channels_last if either argument is.
-at::MemoryFormat format_of(const Tensor& x, const Tensor& weight) {
-  const bool channels_last = x.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
-                             weight.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
-  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
 ConvShape shape_of(const Tensor& x, const Tensor& weight, const ConvWindow& w, at::MemoryFormat format, Device device) {

@@ -52,15 +52,12 @@ inline void* data_if(bool wanted, const Tensor& t) { return wanted ? t.mutable_d
 template <class Args, class Bytes, class F>
 void with_workspace(const Tensor& x, Args& args, Bytes bytes, F f) {
   constexpr size_t kOnStack = 16 << 10;  // a small call takes as long as a tensor's allocation
+  alignas(64) char on_stack[kOnStack];
   const size_t size = bytes(args);
-  if (size <= kOnStack && x.is_cpu()) {
-    alignas(64) char scratch[kOnStack];
-    args.workspace = size ? scratch : nullptr;
-    return f();
-  }
-  const auto options = x.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous);
-  const Tensor scratch = size ? empty_tensor(int64_t(size), options) : Tensor();
-  args.workspace = size ? scratch.mutable_data_ptr() : nullptr;
+  Tensor scratch;
+  if (size > (x.is_cpu() ? kOnStack : 0))
+    scratch = empty_tensor(int64_t(size), x.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
+  args.workspace = scratch.defined() ? scratch.mutable_data_ptr() : size ? on_stack : nullptr;
   f();
 }
 

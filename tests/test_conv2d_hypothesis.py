@@ -43,8 +43,7 @@ def test_against_float64(problem):
     def results(function, inputs):
         leaves = [t if t is None else t.detach().requires_grad_() for t in inputs]
         y = function(*leaves, *window)
-        given = [t for t in leaves if t is not None]
-        return [y.detach(), *torch.autograd.grad(y, given, dy.to(y.dtype))]
+        return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], dy.to(y.dtype))]
 
     wide = [t if t is None else t.double().contiguous() for t in tensors]
     dy = torch.randn(F.conv2d(*wide, *window).shape, generator=generator).to(dtype)
