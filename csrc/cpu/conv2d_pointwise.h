@@ -4,7 +4,8 @@
 // and of the result, so that nothing is turned round.  Panels of pixels are copied together, [term][pixel], and weights
 // as [tile][term][row of the tile]: planes lie a power of two apart and would push each other out of the caches.
 //
-// Floor: n * pixels * co * ci multiply-adds.  A block's pixels stay in L2, and a tile's weights in L1 for all of them.
+// Floor: n * pixels * co * ci multiply-adds.  A block's pixels stay in L2, and a tile's weights in L1 for all of them;
+// the lines of its results are fetched while they are computed.
 #pragma once
 #include "conv2d_problem.h"
 
@@ -105,17 +106,14 @@ struct Pointwise : ConvWork<T> {
       std::fill_n(to + (count / kColumns * terms + k + 1) * kColumns - rest, rest, A(0));
   }
 
-  void write(int64_t group, int64_t result, int64_t begin, Pack<A> v) const {
-    T* const out = static_cast<T*>(p.out) + (group * results + result) * hw;
-    const int64_t stride = groups * results * hw;
-    if (begin % hw + kColumns <= hw && begin + kColumns <= pixels)
-      return store_output(out + begin / hw * stride + begin % hw, v, Full<T>(), Zero(), streaming);
-    alignas(64) A lanes[kColumns];
-    store<A>(lanes, v, Full<A>());
+  T* plane(int64_t sample, int64_t group, int64_t result) const {
+    return static_cast<T*>(p.out) + ((sample * groups + group) * results + result) * hw;
+  }
+  // Results of pixels of several planes.
+  void write_across(int64_t group, int64_t result, int64_t begin, const A* from) const {
     for_runs(begin, std::min(begin + kColumns, pixels),
              [&](int64_t sample, int64_t pixel, int64_t place, int64_t count) {
-               T* const to = out + sample * stride + pixel;
-               for (int64_t i = 0; i < count; i++) to[i] = T(lanes[place - begin + i]);
+               std::copy_n(from + place - begin, count, plane(sample, group, result) + pixel);
              });
   }
 
@@ -130,6 +128,8 @@ struct Pointwise : ConvWork<T> {
   template <int R>
   void multiply_tile(int64_t group, int64_t c, const A* pixels, int64_t begin) const {
     const A* const w = weights + (group * results + c) * terms;
+    T* const to = begin % hw + kColumns <= hw ? plane(begin / hw, group, c) + begin % hw : nullptr;
+    for (int r = 0; to && !streaming && r < R; r++) prefetch_run<true>(to + r * hw, kColumns);
     alignas(64) A sums[R * kColumns];
     for (int r = 0; r < R; r++) store(sums + r * kColumns, Pack<A>(this->bias_of(group, c + r)), Full<A>());
     for (int64_t k = 0; k < terms; k += kDepth) {
@@ -142,7 +142,11 @@ struct Pointwise : ConvWork<T> {
       tile.store(sums, kColumns);
     }
     if (p.activation != Activation::kNone) this->activate_all(sums, R * kColumns);
-    for (int r = 0; r < R; r++) write(group, c + r, begin, load<A>(sums + r * kColumns, Full<A>()));
+    for (int r = 0; r < R; r++) {
+      const A* const from = sums + r * kColumns;
+      to ? store_output(to + r * hw, load<A>(from, Full<A>()), Full<T>(), Zero(), streaming)
+         : write_across(group, c + r, begin, from);
+    }
   }
 
   void run() {

@@ -11,9 +11,10 @@
 // 2x2, per tile and vector of channels on either side.  Products run at 65 to 85 % of the multiply-adds' peak on Zen 3
 // (L2: 512 KB), out of the L3 cache.
 //
-// Tried: panels as the outer loop, one panel's products in L2; but then every panel
-// reads all of the pixels from L3 again, and the products run at 50 to 75 %.  Smaller blocks, whose pixels fit L2, read
-// the filters more often instead.
+// Tried: panels as the outer loop, one panel's products in L2; but then every panel reads all of the pixels from L3
+// again, and the products run at 50 to 75 %.  Smaller blocks, whose pixels fit L2, read the filters more often instead.
+// Fetching a block's results and the next block's planes during the products: turning them round no longer waits for
+// memory, but the products, which read L3, take as much longer.
 #include "conv2d_winograd.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
