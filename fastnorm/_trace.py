@@ -277,12 +277,12 @@ def _watching(tracer: _Tracer) -> Iterator[None]:
     def write(module: nn.Module, name: str, value: Any) -> None:
         raise Untraceable(f"its forward sets self.{name}")
 
-    apply = torch.autograd.Function.apply.__func__
+    apply = vars(torch.autograd.Function)["apply"]
 
     def apply_function(cls: type, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(a, fx.Proxy) for a in (*args, *kwargs.values())):
             raise Untraceable(f"its forward calls the autograd function {cls.__name__}")
-        return apply(cls, *args, **kwargs)
+        return apply.__get__(None, cls)(*args, **kwargs)
 
     names = inspect.unwrap(type(tracer.module).forward).__globals__
     with (
