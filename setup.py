@@ -39,7 +39,7 @@ try:
 except ImportError:
     stop(
         "building needs torch in this environment, and pip's build isolation hides it",
-        "pip install torch==2.13.0 setuptools ninja pybind11 && pip install --no-build-isolation .",
+        "pip install torch==2.13.0 'setuptools>=77' ninja pybind11 && pip install --no-build-isolation .",
     )
 
 

@@ -6,6 +6,7 @@ import importlib
 import operator
 import pickle
 import random
+import re
 
 import pytest
 import torch
@@ -443,14 +444,14 @@ class Reads(Untraced):
     "cls, reason",
     [(Untraced, "control flow"), (Random, "random numbers"), (RandomTensor, "neither an input"),
      (Sets, "sets self.last"),
-     (NoGrad, "context"), (Autocast, "context"), (Checkpoint, "context"), (Custom, "autograd function Twice"),
-     (Asks, "asks for the type"), (Reads, "sets self.options")],
+     (NoGrad, "context"), (Autocast, "context"), (Checkpoint, "context|_NoopSaveInputs"),
+     (Custom, "autograd function Twice"), (Asks, "asks for the type"), (Reads, "sets self.options")],
 )  # fmt: skip
 def test_what_cannot_be_traced(cls, reason):
     """It is named in the report, left as it is, and its submodules are fused."""
     model = cls()
     before, generator = torch.get_rng_state(), random.getstate()
-    assert reason in reasons(model)[""] and type(model) is cls
+    assert re.search(reason, reasons(model)[""]) and type(model) is cls  # torch 2.10 calls a function first
     assert torch.equal(before, torch.get_rng_state()) and generator == random.getstate()
     assert [f.name for f in model.fuse_report.fused] == ["block", "block"]
     tolerance = {"rtol": 0.05, "atol": 0.05} if cls is Autocast else {}
