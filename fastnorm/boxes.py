@@ -3,6 +3,8 @@
 As torchvision does, integers are computed with in int32 or wider; float16 and bfloat16 are in float32.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
@@ -32,8 +34,7 @@ def box_area(boxes: Tensor, fmt: str = "xyxy") -> Tensor:
     if has_torch_function((boxes,)):
         return handle_torch_function(box_area, (boxes,), boxes, fmt)
     _check_format(fmt, "box_area")
-    width, height = _size(_upcast(boxes), fmt)
-    return width * height
+    return _area(_upcast(boxes).unbind(-1), fmt)
 
 
 def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy") -> Tensor:
@@ -59,8 +60,7 @@ def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy") -> Tensor:
     if has_torch_function((boxes1, boxes2)):
         return handle_torch_function(box_iou, (boxes1, boxes2), boxes1, boxes2, fmt)
     _check_format(fmt, "box_iou")
-    both, union, _ = _overlap(_upcast(boxes1), _upcast(boxes2), fmt)
-    return both / union
+    return _Pairs(boxes1, boxes2, fmt).iou()
 
 
 def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
@@ -85,8 +85,9 @@ def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """
     if has_torch_function((boxes1, boxes2)):
         return handle_torch_function(generalized_box_iou, (boxes1, boxes2), boxes1, boxes2)
-    both, union, hull = _overlap(_upcast(boxes1), _upcast(boxes2), "xyxy")
-    return both / union - (hull - union) / hull
+    pairs = _Pairs(boxes1, boxes2, "xyxy")
+    iou, hull = pairs.iou(), pairs.hull()
+    return iou.sub_((hull - pairs.union).div(hull))
 
 
 def box_convert(boxes: Tensor, in_fmt: str, out_fmt: str) -> Tensor:
@@ -115,7 +116,7 @@ def box_convert(boxes: Tensor, in_fmt: str, out_fmt: str) -> Tensor:
     _check_format(out_fmt, "box_convert")
     if in_fmt == out_fmt:
         return boxes.clone()
-    corners = boxes.unbind(-1) if in_fmt == "xyxy" else _corners(boxes, in_fmt)
+    corners = _corners(boxes.unbind(-1), in_fmt)
     if out_fmt == "xyxy":
         return torch.stack(corners, -1)
     x1, y1, x2, y2 = corners
@@ -167,7 +168,7 @@ def remove_small_boxes(boxes: Tensor, min_size: float) -> Tensor:
     """
     if has_torch_function((boxes,)):
         return handle_torch_function(remove_small_boxes, (boxes,), boxes, min_size)
-    width, height = _size(boxes, "xyxy")
+    width, height = _size(boxes.unbind(-1), "xyxy")
     return torch.where((width >= min_size) & (height >= min_size))[0]
 
 
@@ -183,29 +184,51 @@ def _upcast(t: Tensor) -> Tensor:
     return t if t.dtype in (torch.int32, torch.int64) else t.int()
 
 
-def _size(boxes: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
-    if fmt == "xyxy":
-        return boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
-    return boxes[..., 2], boxes[..., 3]
+Four = tuple[Tensor, Tensor, Tensor, Tensor]  # the numbers of boxes
 
 
-def _corners(boxes: Tensor, fmt: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, y, width, height = boxes.unbind(-1)
+def _size(boxes: Four, fmt: str) -> tuple[Tensor, Tensor]:
+    return (boxes[2] - boxes[0], boxes[3] - boxes[1]) if fmt == "xyxy" else boxes[2:]
+
+
+def _area(boxes: Four, fmt: str) -> Tensor:
+    return torch.mul(*_size(boxes, fmt))
+
+
+def _corners(boxes: Four, fmt: str) -> Four:
+    x, y, width, height = boxes
     if fmt == "xyxy":
-        return x, y, width, height
+        return boxes
     if fmt == "xywh":
         return x, y, x + width, y + height
     return x - 0.5 * width, y - 0.5 * height, x + 0.5 * width, y + 0.5 * height
 
 
-def _overlap(boxes1: Tensor, boxes2: Tensor, fmt: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Areas of intersection, union and hull of all pairs."""
-    area1, area2 = (torch.mul(*_size(b, fmt)) for b in (boxes1, boxes2))
-    one, two = _corners(boxes1, fmt), _corners(boxes2, fmt)
-    one, two = [c[..., :, None] for c in one], [c[..., None, :] for c in two]
-    width = (torch.min(one[2], two[2]) - torch.max(one[0], two[0])).clamp(min=0)
-    height = (torch.min(one[3], two[3]) - torch.max(one[1], two[1])).clamp(min=0)
-    both = width * height
-    hull_width = (torch.max(one[2], two[2]) - torch.min(one[0], two[0])).clamp(min=0)
-    hull_height = (torch.max(one[3], two[3]) - torch.min(one[1], two[1])).clamp(min=0)
-    return both, area1[..., :, None] + area2[..., None, :] - both, hull_width * hull_height
+class _Pairs:
+    """Areas of all pairs of boxes, each with a row (first set) and a column (second set).
+
+    Each of the four numbers is a plane of its own, so that what is computed for the pairs is a row of vectors, and in
+    place where that is nobody else's.
+    """
+
+    def __init__(self, boxes1: Tensor, boxes2: Tensor, fmt: str) -> None:
+        one, two = (
+            _upcast(b).movedim(-1, 0).unsqueeze(at).contiguous().unbind(0) for b, at in ((boxes1, -1), (boxes2, -2))
+        )
+        self.one, self.two = _corners(one, fmt), _corners(two, fmt)
+        self.both = self._product(torch.min, torch.max)
+        area1, area2 = (_area(b, fmt).to(self.both.dtype) for b in (one, two))  # integers' centres are not integers
+        self.union = (area1 + area2).sub_(self.both)
+
+    def hull(self) -> Tensor:
+        return self._product(torch.max, torch.min)
+
+    def iou(self) -> Tensor:
+        return self.both / self.union
+
+    def _product(self, end: Callable[..., Tensor], begin: Callable[..., Tensor]) -> Tensor:
+        """Width times height, from the begin() of two boxes' first corners to the end() of the others."""
+        width, height = (
+            end(self.one[i + 2], self.two[i + 2]).sub_(begin(self.one[i], self.two[i])).clamp_(min=0) for i in (0, 1)
+        )
+        return width * height
