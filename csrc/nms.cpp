@@ -102,6 +102,7 @@ Tensor nms(const Tensor& boxes, const Tensor& scores, const OptionalTensor& segm
            std::optional<double> score_threshold, std::optional<int64_t> max_output) {
   check_boxes(boxes, scores, segments, false, "nms");
   const int64_t n = boxes.size(0), capacity = std::min(max_output.value_or(n), n);
+  if (capacity == 0) return empty_tensor(0, boxes.options().dtype(at::kLong));
   const auto [indices, count] = nms_rows(boxes.unsqueeze(0), scores.unsqueeze(0), one_row(segments), iou_threshold,
                                          score_threshold, capacity, "nms");
   return indices[0].narrow(0, 0, count.item<int64_t>());
