@@ -1,8 +1,10 @@
-"""NMS's cases: a scalar C++ loop on the CPU, torchvision's operator (or the same in torch) on a GPU."""
+"""NMS's cases: a scalar C++ loop on the CPU, and torchvision's operators where it is installed; those (or the same in
+torch) on a GPU."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +29,8 @@ def scene(n: int, kind: str, device: str, dtype: str) -> tuple[Tensor, Tensor]:
         which = torch.randint(objects, (n,), generator=generator)
         corner, size = rand(objects, 2)[which] * 1000, (rand(objects, 2) * 100 + 20)[which]
         corner, size = corner + randn(n, 2) * 0.1 * size, size * (1 + 0.1 * randn(n, 2)).clamp(min=0.5)
-    return torch.cat([corner, corner + size], 1).to(device, getattr(torch, dtype)), rand(n).to(
-        device, getattr(torch, dtype)
-    )
+    scores = torch.randperm(n, generator=generator) / n  # no two are equal: torchvision's order of such is any
+    return tuple(t.to(device, getattr(torch, dtype)) for t in (torch.cat([corner, corner + size], 1), scores))
 
 
 @cache
@@ -52,14 +53,19 @@ def matrix(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
     return order[keep]
 
 
+def torchvision_ops() -> Any:
+    try:
+        import torchvision.ops
+    except (ImportError, RuntimeError):
+        return None
+    return torchvision.ops
+
+
 def baseline(device: str) -> Callable:
     if device == "cpu":
         return scalar()
-    try:
-        from torchvision.ops import nms as theirs
-    except (ImportError, RuntimeError):
-        return matrix
-    return theirs
+    torchvision = torchvision_ops()
+    return torchvision.nms if torchvision else matrix
 
 
 def by_class(function: Callable, boxes: Tensor, scores: Tensor, idxs: Tensor) -> Tensor:
@@ -75,7 +81,7 @@ def cases(device: str, dtype: str, layout: str, against: list[str], quick: bool 
     """Boxes have no layout: under "nchw" only; against "eager" only."""
     if layout != "nchw" or "eager" not in against or dtype != "float32":
         return
-    theirs = baseline(device)
+    theirs, torchvision = baseline(device), torchvision_ops() if device == "cpu" else None
     for n in SIZES[:1] if quick else SIZES:
         for kind in ("dense", "clustered"):
             boxes, scores = scene(n, kind, device, dtype)
@@ -83,12 +89,16 @@ def cases(device: str, dtype: str, layout: str, against: list[str], quick: bool 
             idxs = torch.randint(CLASSES, (n,), device=device)
             size = 4 * boxes.numel() * boxes.element_size() // 4
 
-            def case(what: str, ours: Callable, other: Callable, n=n, boxes=boxes, target=target, size=size) -> Case:
+            def case(
+                what: str, ours: Callable, other: Callable, torchvisions: Callable | None = None,
+                n=n, boxes=boxes, target=target, size=size,
+            ) -> Case:  # fmt: skip
+                others = {"eager": other} | ({"torchvision": torchvisions} if torchvision and torchvisions else {})
                 copy = lambda: target.copy_(boxes)  # noqa: E731
-                return Case("nms", (n, 4), "-", dtype, what, size * 5 // 4, ours, {"eager": other}, 0.0, copy, 2 * size)
+                return Case("nms", (n, 4), "-", dtype, what, size * 5 // 4, ours, others, 0.0, copy, 2 * size)
 
             one = lambda f, b=boxes, s=scores: f(b, s, THRESHOLD)  # noqa: E731
-            yield case(kind, lambda f=one: f(nms), lambda f=one: f(theirs))
+            yield case(kind, lambda f=one: f(nms), lambda f=one: f(theirs), lambda f=one: f(torchvision.nms))
             if device == "cuda":
                 count = len(one(nms))
                 padded = lambda f=one, c=count: f(nms_padded)[0][:c]  # noqa: E731
@@ -97,4 +107,5 @@ def cases(device: str, dtype: str, layout: str, against: list[str], quick: bool 
                 f"{kind}, {CLASSES} classes",
                 lambda b=boxes, s=scores, i=idxs: batched_nms(b, s, i, THRESHOLD),
                 lambda b=boxes, s=scores, i=idxs: by_class(theirs, b, s, i),
+                lambda b=boxes, s=scores, i=idxs: torchvision.batched_nms(b, s, i, THRESHOLD),
             )
