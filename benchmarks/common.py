@@ -54,6 +54,15 @@ class Row:
     extra_mb: float | None = None  # CPU: the most that a call holds beside its arguments and results
 
 
+def torchvision() -> Any:
+    """The library, or None where it is not installed or does not go with this torch."""
+    try:
+        import torchvision
+    except (ImportError, RuntimeError):
+        return None
+    return torchvision
+
+
 def check(case: Case) -> None:
     """Raises AssertionError where the two sides do not compute the same: |a - b| / |b| in the Euclidean norm."""
     flatten = torch.utils._pytree.tree_leaves

@@ -1,8 +1,10 @@
-"""Whole networks: a training step and inference, fastnorm.models against torch.nn's with the same weights.
+"""Whole networks: a training step and inference, fastnorm.models against torch.nn's with the same weights; and, where
+torchvision is installed, more of its networks as they are against what fastnorm.fuse() makes of them.
 
 `what` says how many of torch.nn's bytes a training step keeps for its backward pass.
 """
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -11,14 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnorm import models, save_memory, saved_bytes
+from fastnorm import fuse, models, save_memory, saved_bytes
 
-from .common import Case
+from .common import Case, torchvision
 from .twins import twin
 
 BATCH, SIZE = 16, 32  # of the networks with stems for small images
 NETWORKS = ("lenet_bn", "alexnet", "vgg16_bn", "googlenet", "resnet18", "resnet50", "densenet121")
 QUICK_NETWORKS = ("lenet_bn", "resnet18")
+FUSED_BATCH, FUSED_SIZE = 4, 224  # of torchvision's
+FUSED_NETWORKS = (
+    "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "shufflenet_v2_x1_0", "mnasnet1_0", "regnet_y_400mf",
+    "convnext_tiny",
+)  # fmt: skip
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
 
 
@@ -34,6 +41,14 @@ def lenet_twin(classes: int) -> nn.Module:
     return nn.Sequential(OrderedDict(layers))
 
 
+def without_chance(model: nn.Module) -> nn.Module:
+    """So that results can be compared."""
+    for m in model.modules():
+        if isinstance(m, nn.Dropout) or type(m).__name__ == "StochasticDepth":
+            m.p = 0.0
+    return model
+
+
 def build(name: str, device: str, dtype: str, layout: str) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
     """fastnorm's network, torch.nn's, images, labels."""
     torch.manual_seed(0)
@@ -41,16 +56,17 @@ def build(name: str, device: str, dtype: str, layout: str) -> tuple[nn.Module, n
     if name == "lenet_bn":
         ours, theirs = models.lenet_bn(num_classes=classes, activation="relu"), lenet_twin(classes)
         x = torch.randn(64, 1, 28, 28)
+    elif name in FUSED_NETWORKS:
+        theirs = without_chance(torchvision().models.get_model(name, num_classes=classes))
+        ours = fuse(copy.deepcopy(theirs))
+        x = torch.randn(FUSED_BATCH, 3, FUSED_SIZE, FUSED_SIZE)
     else:
         arguments = {"init_weights": False} if name == "googlenet" else {}
         ours = models.create(name, num_classes=classes, small_images=True, **arguments)
         theirs, x = twin(name, classes, small=True), torch.randn(BATCH, 3, SIZE, SIZE)
     ours.load_state_dict(theirs.state_dict())
-    for m in (*ours.modules(), *theirs.modules()):
-        if isinstance(m, nn.Dropout):
-            m.p = 0.0  # so that the results can be compared
     x = x.to(device, getattr(torch, dtype))
-    ours, theirs = ours.to(x), theirs.to(x)
+    ours, theirs = (without_chance(m).to(x) for m in (ours, theirs))
     if layout == "nhwc":
         ours, theirs, x = (t.to(memory_format=torch.channels_last) for t in (ours, theirs, x))
     return ours, theirs, x, torch.randint(classes, (len(x),), device=device)
@@ -112,9 +128,10 @@ def _runs(name: str, device: str, dtype: str, layout: str, against: tuple[str, .
 
 def cases(device: str, dtype: str, layout: str, against: list[str], quick: bool = False) -> Iterator[Case]:
     """Every network's training step, with and without save_memory, and inference."""
-    for name in QUICK_NETWORKS if quick else NETWORKS:
+    networks = QUICK_NETWORKS if quick else NETWORKS
+    for name in networks + (FUSED_NETWORKS[:1] if quick else FUSED_NETWORKS) * (torchvision() is not None):
         ours, theirs, x, _ = build(name, device, dtype, layout)
-        before, shape, copy = saved_bytes(theirs, x), tuple(x.shape), torch.empty_like(x)
+        before, shape, target = saved_bytes(theirs, x), tuple(x.shape), torch.empty_like(x)
         kept = {
             "training step": saved_bytes(ours, x) / before,
             "training step, save_memory": saved_bytes(Saving(ours), x) / before,
@@ -127,5 +144,5 @@ def cases(device: str, dtype: str, layout: str, against: list[str], quick: bool 
             yield Case(
                 name, shape, layout, dtype, about, 0, lambda k=key, w=what: _runs(*k)[w]["ours"](),
                 {a: (lambda k=key, w=what, a=a: _runs(*k)[w][a]()) for a in against}, TOLERANCE[dtype],
-                lambda c=copy, x=x: c.copy_(x), 2 * x.numel() * x.element_size(),
+                lambda t=target, x=x: t.copy_(x), 2 * x.numel() * x.element_size(),
             )  # fmt: skip

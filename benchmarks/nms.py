@@ -4,14 +4,13 @@ torch) on a GPU."""
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastnorm.ops import batched_nms, box_iou, nms, nms_padded
 
-from .common import Case
+from .common import Case, torchvision
 
 SIZES = (1000, 5000, 10_000)
 THRESHOLD = 0.5
@@ -53,19 +52,11 @@ def matrix(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
     return order[keep]
 
 
-def torchvision_ops() -> Any:
-    try:
-        import torchvision.ops
-    except (ImportError, RuntimeError):
-        return None
-    return torchvision.ops
-
-
 def baseline(device: str) -> Callable:
     if device == "cpu":
         return scalar()
-    torchvision = torchvision_ops()
-    return torchvision.nms if torchvision else matrix
+    library = torchvision()
+    return library.ops.nms if library else matrix
 
 
 def by_class(function: Callable, boxes: Tensor, scores: Tensor, idxs: Tensor) -> Tensor:
@@ -81,7 +72,7 @@ def cases(device: str, dtype: str, layout: str, against: list[str], quick: bool 
     """Boxes have no layout: under "nchw" only; against "eager" only."""
     if layout != "nchw" or "eager" not in against or dtype != "float32":
         return
-    theirs, torchvision = baseline(device), torchvision_ops() if device == "cpu" else None
+    theirs, library = baseline(device), torchvision() if device == "cpu" else None
     for n in SIZES[:1] if quick else SIZES:
         for kind in ("dense", "clustered"):
             boxes, scores = scene(n, kind, device, dtype)
@@ -90,15 +81,15 @@ def cases(device: str, dtype: str, layout: str, against: list[str], quick: bool 
             size = 4 * boxes.numel() * boxes.element_size() // 4
 
             def case(
-                what: str, ours: Callable, other: Callable, torchvisions: Callable | None = None,
+                what: str, ours: Callable, other: Callable, third: Callable | None = None,
                 n=n, boxes=boxes, target=target, size=size,
             ) -> Case:  # fmt: skip
-                others = {"eager": other} | ({"torchvision": torchvisions} if torchvision and torchvisions else {})
+                others = {"eager": other} | ({"torchvision": third} if library and third else {})
                 copy = lambda: target.copy_(boxes)  # noqa: E731
                 return Case("nms", (n, 4), "-", dtype, what, size * 5 // 4, ours, others, 0.0, copy, 2 * size)
 
             one = lambda f, b=boxes, s=scores: f(b, s, THRESHOLD)  # noqa: E731
-            yield case(kind, lambda f=one: f(nms), lambda f=one: f(theirs), lambda f=one: f(torchvision.nms))
+            yield case(kind, lambda f=one: f(nms), lambda f=one: f(theirs), lambda f=one: f(library.ops.nms))
             if device == "cuda":
                 count = len(one(nms))
                 padded = lambda f=one, c=count: f(nms_padded)[0][:c]  # noqa: E731
@@ -107,5 +98,5 @@ def cases(device: str, dtype: str, layout: str, against: list[str], quick: bool 
                 f"{kind}, {CLASSES} classes",
                 lambda b=boxes, s=scores, i=idxs: batched_nms(b, s, i, THRESHOLD),
                 lambda b=boxes, s=scores, i=idxs: by_class(theirs, b, s, i),
-                lambda b=boxes, s=scores, i=idxs: torchvision.batched_nms(b, s, i, THRESHOLD),
+                lambda b=boxes, s=scores, i=idxs: library.ops.batched_nms(b, s, i, THRESHOLD),
             )
