@@ -5,7 +5,8 @@
 // as [tile][term][row of the tile]: planes lie a power of two apart and would push each other out of the caches.
 //
 // Floor: n * pixels * co * ci multiply-adds.  A block's pixels stay in L2, and a tile's weights in L1 for all of them;
-// the lines of its results are fetched while they are computed.
+// the lines of its results are fetched while they are computed.  Where there are few tiles, copying would take as long
+// as they do: panels are read in the planes, and the next one is fetched meanwhile.
 #pragma once
 #include "conv2d_problem.h"
 
@@ -24,10 +25,12 @@ struct Pointwise : ConvWork<T> {
 
   static constexpr int64_t kDepth = 128;        // terms that are summed by themselves: a longer sum is less exact
   static constexpr int64_t kBytes = 256 << 10;  // of a block's pixels, which stay in L2
+  static constexpr int64_t kFewTiles = 7;
 
   const int64_t hw, pixels, vectors;  // pixels of a plane; of all samples; vectors of those
   const int64_t block, blocks;        // vectors of a block, which are its panels
   const int64_t split;                // parts of the results that are work items of their own
+  const bool in_place;                // too few results are made of pixels to copy these together
   const bool streaming;
   A* weights;
   const ConvMemory memory;
@@ -40,6 +43,7 @@ struct Pointwise : ConvWork<T> {
         block(std::clamp<int64_t>(kBytes / (std::max<int64_t>(terms, 1) * kColumns * sizeof(A)), 1, 8)),
         blocks((vectors + block - 1) / block),
         split(split_results()),
+        in_place(std::is_same_v<T, A> && results <= kFewTiles * kTileRows),
         streaming(std::is_same_v<T, A> && hw % kColumns == 0 && Work::streams_runs(kColumns)),
         memory(*this) {}
 
@@ -106,6 +110,7 @@ struct Pointwise : ConvWork<T> {
       std::fill_n(to + (count / kColumns * terms + k + 1) * kColumns - rest, rest, A(0));
   }
 
+  bool in_one_plane(int64_t begin) const { return begin % hw + kColumns <= hw; }
   T* plane(int64_t sample, int64_t group, int64_t result) const {
     return static_cast<T*>(p.out) + ((sample * groups + group) * results + result) * hw;
   }
@@ -117,19 +122,32 @@ struct Pointwise : ConvWork<T> {
              });
   }
 
-  // The results [first, last) of the panels of pixels [begin, end), as read() left them.
-  void multiply(int64_t group, int64_t first, int64_t last, int64_t begin, int64_t end, const A* pixels) const {
+  // The results [first, last) of the panels of pixels [begin, end), which follow each other in memory; pitch: from one
+  // term of a panel to the next.
+  void multiply(int64_t group, int64_t first, int64_t last, int64_t begin, int64_t end, const A* pixels,
+                int64_t pitch) const {
     for (int64_t c = first; c < last; c += kTileRows)
       with_rows(std::min<int64_t>(kTileRows, last - c), [&](auto row_count) {
         for (int64_t panel = begin; panel < end; panel++)
-          multiply_tile<row_count>(group, c, pixels + (panel - begin) * terms * kColumns, panel * kColumns);
+          multiply_tile<row_count>(group, c, pixels + (panel - begin) * terms * kColumns, pitch, panel * kColumns);
       });
   }
+  // The same with pixels in the planes, but for a panel that is in several.
+  void multiply_in_place(int64_t group, int64_t first, int64_t last, int64_t begin, int64_t end, A* copy) const {
+    if constexpr (std::is_same_v<T, A>)
+      for (int64_t panel = begin, at = begin * kColumns; panel < end; panel++, at += kColumns) {
+        const bool whole = in_one_plane(at);
+        if (!whole) read(group, at, std::min(pixels, at + kColumns), copy);
+        const T* const from = static_cast<const T*>(p.in) + (at / hw * groups + group) * terms * hw + at % hw;
+        multiply(group, first, last, panel, panel + 1, whole ? from : copy, whole ? hw : kColumns);
+      }
+  }
   template <int R>
-  void multiply_tile(int64_t group, int64_t c, const A* pixels, int64_t begin) const {
+  void multiply_tile(int64_t group, int64_t c, const A* pixels, int64_t pitch, int64_t begin) const {
     const A* const w = weights + (group * results + c) * terms;
-    T* const to = begin % hw + kColumns <= hw ? plane(begin / hw, group, c) + begin % hw : nullptr;
+    T* const to = in_one_plane(begin) ? plane(begin / hw, group, c) + begin % hw : nullptr;
     for (int r = 0; to && !streaming && r < R; r++) prefetch_run<true>(to + r * hw, kColumns);
+    const bool fetches = in_place && c == 0;  // the next panel, of planes that are far apart
     alignas(64) A sums[R * kColumns];
     for (int r = 0; r < R; r++) store(sums + r * kColumns, Pack<A>(this->bias_of(group, c + r)), Full<A>());
     for (int64_t k = 0; k < terms; k += kDepth) {
@@ -137,7 +155,11 @@ struct Pointwise : ConvWork<T> {
       tile.clear();
       tile.outer_add(
           std::min(kDepth, terms - k), [&](int64_t i) { return w + (k + i) * R; },
-          [&](int64_t i) { return pixels + (k + i) * kColumns; });
+          [&](int64_t i) {
+            const A* const at = pixels + (k + i) * pitch;
+            if (fetches) prefetch_run(at + kColumns, kColumns);
+            return at;
+          });
       tile.add(sums, kColumns);
       tile.store(sums, kColumns);
     }
@@ -166,8 +188,9 @@ struct Pointwise : ConvWork<T> {
       team.for_each(blocks * groups * split, [&](int64_t item) {
         const int64_t part = item % split, group = item / split % groups, first = item / split / groups * block;
         const int64_t last = std::min(vectors, first + block);
+        if (in_place) return multiply_in_place(group, part_begin(part), part_begin(part + 1), first, last, own.pixels);
         read(group, first * kColumns, std::min(pixels, last * kColumns), own.pixels);
-        multiply(group, part_begin(part), part_begin(part + 1), first, last, own.pixels);
+        multiply(group, part_begin(part), part_begin(part + 1), first, last, own.pixels, kColumns);
       });
     });
   }
