@@ -229,6 +229,6 @@ class _Pairs:
     def _product(self, end: Callable[..., Tensor], begin: Callable[..., Tensor]) -> Tensor:
         """Width times height, from the begin() of two boxes' first corners to the end() of the others."""
         width, height = (
-            end(self.one[i + 2], self.two[i + 2]).sub_(begin(self.one[i], self.two[i])).clamp_(min=0) for i in (0, 1)
+            end(self.one[i + 2], self.two[i + 2]).sub_(begin(self.one[i], self.two[i])).clamp_min_(0) for i in (0, 1)
         )
         return width * height

@@ -134,6 +134,14 @@ def test_gradients():
         torch.autograd.gradcheck(function, (one,))
 
 
+@pytest.mark.filterwarnings("error")  # of operators that vmap can only loop over
+def test_vmap():
+    one, two = whole_boxes(2, 4), whole_boxes(3)
+    for function in (box_iou, generalized_box_iou):
+        assert torch.equal(torch.vmap(lambda b, f=function: f(b, two))(one), function(one, two))
+        assert torch.equal(torch.vmap(lambda b, f=function: f(two, b))(one), function(two, one))
+
+
 def test_compiled_in_one_graph():
     def everything(a, b):
         convert = box_convert(a, "cxcywh", "xyxy")
