@@ -128,8 +128,8 @@ def _runs(name: str, device: str, dtype: str, layout: str, against: tuple[str, .
 
 def cases(device: str, dtype: str, layout: str, against: list[str], quick: bool = False) -> Iterator[Case]:
     """Every network's training step, with and without save_memory, and inference."""
-    networks = QUICK_NETWORKS if quick else NETWORKS
-    for name in networks + (FUSED_NETWORKS[:1] if quick else FUSED_NETWORKS) * (torchvision() is not None):
+    fused = FUSED_NETWORKS if torchvision() else ()
+    for name in (*QUICK_NETWORKS, *fused[:1]) if quick else (*NETWORKS, *fused):
         ours, theirs, x, _ = build(name, device, dtype, layout)
         before, shape, target = saved_bytes(theirs, x), tuple(x.shape), torch.empty_like(x)
         kept = {

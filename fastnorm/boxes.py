@@ -86,8 +86,8 @@ def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     if has_torch_function((boxes1, boxes2)):
         return handle_torch_function(generalized_box_iou, (boxes1, boxes2), boxes1, boxes2)
     pairs = _Pairs(boxes1, boxes2, "xyxy")
-    iou, hull = pairs.iou(), pairs.hull()
-    return iou.sub_((hull - pairs.union).div(hull))
+    hull = pairs.hull()
+    return pairs.iou().sub_((hull - pairs.union) / hull)
 
 
 def box_convert(boxes: Tensor, in_fmt: str, out_fmt: str) -> Tensor:

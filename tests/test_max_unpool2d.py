@@ -115,7 +115,6 @@ x, i = torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4, dtype=torch.int64)
         (RuntimeError, "non-zero size for non-batch dimensions", lambda f: f(x[:, :0], i[:, :0], 2)),
         (ValueError, "invalid output_size", lambda f: f(x, i, 2, output_size=(3, 3))),
         (ValueError, "should be a sequence containing", lambda f: f(x, i, 2, output_size=(1, 2, 3))),
-        ((ValueError, RuntimeError), "must contain non-negative|overflow", lambda f: f(x, i, -2)),
         (NotImplementedError, "not implemented for 'Int'", lambda f: f(x.int(), i, 2)),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
@@ -125,3 +124,8 @@ def test_errors_are_torchs(kind, message, call):
         with pytest.raises(kind, match=message):
             call(function)
     assert max_unpool2d(x[:0], i[:0], 2).shape == (0, 3, 8, 8)
+
+
+def test_a_negative_size():
+    with pytest.raises(ValueError, match="must contain non-negative"):  # as torch's; version 2.10 says something else
+        max_unpool2d(x, i, -2)

@@ -90,10 +90,14 @@ struct Pointwise : ConvWork<T> {
     }
   }
 
+  // A group's first plane of the input.
+  const T* in_plane(int64_t sample, int64_t group) const {
+    return static_cast<const T*>(p.in) + (sample * groups + group) * terms * hw;
+  }
   // The pixels of a block as [panel][term][pixel].
   void read(int64_t group, int64_t begin, int64_t end, A* to) const {
     for_runs(begin, end, [&](int64_t sample, int64_t pixel, int64_t place, int64_t count) {
-      const T* from = static_cast<const T*>(p.in) + (sample * groups + group) * terms * hw + pixel;
+      const T* from = in_plane(sample, group) + pixel;
       for (int64_t k = 0; k < terms; k++, from += hw)
         for (int64_t i = 0, some; i < count; i += some) {
           const int64_t at = place - begin + i, lane = at % kColumns;
@@ -123,13 +127,14 @@ struct Pointwise : ConvWork<T> {
   }
 
   // The results [first, last) of the panels of pixels [begin, end), which follow each other in memory; pitch: from one
-  // term of a panel to the next.
+  // term of a panel to the next.  In place, the first tile fetches the next panel's, as planes are far apart.
   void multiply(int64_t group, int64_t first, int64_t last, int64_t begin, int64_t end, const A* pixels,
                 int64_t pitch) const {
     for (int64_t c = first; c < last; c += kTileRows)
       with_rows(std::min<int64_t>(kTileRows, last - c), [&](auto row_count) {
         for (int64_t panel = begin; panel < end; panel++)
-          multiply_tile<row_count>(group, c, pixels + (panel - begin) * terms * kColumns, pitch, panel * kColumns);
+          multiply_tile<row_count>(group, c, pixels + (panel - begin) * terms * kColumns, pitch, panel * kColumns,
+                                   in_place && c == first);
       });
   }
   // The same with pixels in the planes, but for a panel that is in several.
@@ -138,16 +143,15 @@ struct Pointwise : ConvWork<T> {
       for (int64_t panel = begin, at = begin * kColumns; panel < end; panel++, at += kColumns) {
         const bool whole = in_one_plane(at);
         if (!whole) read(group, at, std::min(pixels, at + kColumns), copy);
-        const T* const from = static_cast<const T*>(p.in) + (at / hw * groups + group) * terms * hw + at % hw;
-        multiply(group, first, last, panel, panel + 1, whole ? from : copy, whole ? hw : kColumns);
+        multiply(group, first, last, panel, panel + 1, whole ? in_plane(at / hw, group) + at % hw : copy,
+                 whole ? hw : kColumns);
       }
   }
   template <int R>
-  void multiply_tile(int64_t group, int64_t c, const A* pixels, int64_t pitch, int64_t begin) const {
+  void multiply_tile(int64_t group, int64_t c, const A* pixels, int64_t pitch, int64_t begin, bool fetches) const {
     const A* const w = weights + (group * results + c) * terms;
     T* const to = in_one_plane(begin) ? plane(begin / hw, group, c) + begin % hw : nullptr;
     for (int r = 0; to && !streaming && r < R; r++) prefetch_run<true>(to + r * hw, kColumns);
-    const bool fetches = in_place && c == 0;  // the next panel, of planes that are far apart
     alignas(64) A sums[R * kColumns];
     for (int r = 0; r < R; r++) store(sums + r * kColumns, Pack<A>(this->bias_of(group, c + r)), Full<A>());
     for (int64_t k = 0; k < terms; k += kDepth) {
