@@ -69,6 +69,12 @@ struct ConvShape {
   // From one number of a weight to that of the next input channel and tap.
   int64_t weight_input() const { return weight_channels_last ? 1 : taps(); }
   int64_t weight_tap() const { return weight_channels_last ? ci : 1; }
+  // Windows of 3, 5 or 7 in a row, with as many taps on either side of their middle, in whole steps or every other.
+  static constexpr int kMostCentredTaps = 7;
+  bool has_centred_rows() const {
+    return x.kernel >= 3 && x.kernel <= kMostCentredTaps && y.kernel <= kMostCentredTaps && x.kernel == 2 * x.pad + 1 &&
+           x.dilation == 1 && x.stride <= 2;
+  }
 };
 
 struct Conv2dForward {

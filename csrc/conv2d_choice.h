@@ -15,7 +15,8 @@ inline bool computes(ConvAlgorithm algorithm, const ConvShape& s, ConvPass pass)
     case ConvAlgorithm::kWinograd2x2: return is_3x3(s.y) && is_3x3(s.x) && s.dtype != DType::kFloat64;
     case ConvAlgorithm::kDirect: return pass != ConvPass::kBackwardWeight || s.ci <= kDirectTerms;
     case ConvAlgorithm::kDepthwise:
-      return s.ci == 1 && s.co == 1 && (s.channels_last || pass != ConvPass::kBackwardWeight);
+      if (s.ci != 1 || s.co != 1) return false;
+      return s.channels_last || pass != ConvPass::kBackwardWeight || s.has_centred_rows();
     default: return true;
   }
 }
@@ -24,11 +25,13 @@ inline bool computes(ConvAlgorithm algorithm, const ConvShape& s, ConvPass pass)
 // gaps in the gradient to x, which direct kernels would fill with zeros.
 struct ConvMeasure {
   int64_t n, height, width, terms, made, results, pixels;
+  int64_t fewest, most;  // of terms and made
   bool strides, gaps;
 
   ConvMeasure(const ConvShape& s, ConvPass pass) {
     const bool to_input = pass == ConvPass::kBackwardInput;
     terms = to_input ? s.co : s.ci, made = to_input ? s.ci : s.co;
+    fewest = std::min(terms, made), most = std::max(terms, made);
     results = to_input ? s.inputs() : s.outputs();
     n = s.n, height = to_input ? s.y.in : s.y.out, width = to_input ? s.x.in : s.x.out;
     pixels = n * height * width;
@@ -38,7 +41,7 @@ struct ConvMeasure {
   // enough results, and channels fill the vectors.
   bool suits_winograd(int edge, int64_t least_tiles, int64_t results_each) const {
     const int64_t tiles = n * ((height + edge - 1) / edge) * ((width + edge - 1) / edge);
-    return terms >= 16 && made >= 16 && tiles >= least_tiles && pixels >= results_each * tiles;
+    return fewest >= 16 && tiles >= least_tiles && pixels >= results_each * tiles;
   }
   bool suits_winograd_2x2() const { return suits_winograd(2, 8, 2); }
 };
@@ -98,6 +101,44 @@ inline ConvAlgorithm choose_to_weight(const ConvShape& s, const ConvMeasure& m, 
   return large_window && s.ci < 32 ? kTorch : kIm2col;
 }
 
+// Convolutions in groups that Winograd's does not take.  Groups of few channels leave the lanes of a matrix product
+// empty; pixels fill them.  oneDNN is ahead where a group's channels fill its vectors, or half of them, but behind in
+// windows of 1x1, and where planes have strides.
+inline ConvAlgorithm choose_grouped(const ConvShape& s, const ConvMeasure& m, ConvPass pass, bool planes,
+                                    bool wide_vectors, bool fresh) {
+  constexpr auto kTorch = ConvAlgorithm::kTorch, kIm2col = ConvAlgorithm::kIm2col, kDirect = ConvAlgorithm::kDirect,
+                 kDepthwise = ConvAlgorithm::kDepthwise;
+  const bool to_weight = pass == ConvPass::kBackwardWeight, forward = pass == ConvPass::kForward;
+  const bool small = s.taps() <= 9;
+  if (s.ci == 1 && s.co == 1) {
+    // In channels_last torch's kernels are ahead in the arithmetic of small windows, and behind where they pay for
+    // fresh pages in every call, in short rows and in nearly all gradients to weights.
+    const int width = std::min(s.x.in, s.x.out);
+    const bool wide = width >= 20, shortest = width <= 8 && !small && !m.strides;
+    if (planes && to_weight) return computes(kDepthwise, s, pass) ? kDepthwise : width >= 12 ? kDirect : kTorch;
+    if (planes || fresh || shortest) return kDepthwise;
+    if (to_weight) return !small || width > 6 ? kDepthwise : kTorch;
+    if (forward) return wide ? (s.taps() >= 49 && !wide_vectors ? kDepthwise : kTorch) : small ? kDepthwise : kTorch;
+    if (m.strides) return small && !wide ? kDepthwise : kTorch;
+    return wide_vectors && (width >= 40 || !(wide && small)) ? kDepthwise : kTorch;
+  }
+  if (s.taps() == 1) return !to_weight || wide_vectors || m.width >= 20 ? kIm2col : kTorch;
+  if (to_weight) {
+    if (s.ci < 8 && (planes || s.ci <= 4)) return kDirect;
+    if (!planes) return s.ci <= 8 && small && (wide_vectors || m.width >= 40) ? kDirect : kTorch;
+    if (s.ci == 8 && small != wide_vectors) return kDirect;
+    if (s.ci == 8) return small ? kIm2col : kTorch;
+    return s.ci < 16 || (s.ci <= 24 && small && m.strides) ? kIm2col : kTorch;
+  }
+  if (!planes) {
+    if (m.made > 1 && m.made <= 4 && !m.strides && !wide_vectors) return kDirect;
+    return m.fewest > 8 && m.fewest % 8 != 0 && !m.strides ? kIm2col : kTorch;
+  }
+  if (m.gaps) return m.fewest < 16 || (m.fewest == 16 && wide_vectors) ? kTorch : kIm2col;
+  if (m.made < 16) return kDirect;
+  return wide_vectors ? (m.strides || m.fewest % 16 != 0 ? kIm2col : kTorch) : (small ? kIm2col : kTorch);
+}
+
 // A row: an algorithm, where it is taken, and why.  The first that fits counts.  onednn: whether torch's convolution is
 // that library's for this dtype.
 inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate, bool onednn) {
@@ -119,34 +160,20 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate,
 
   // A quarter of the multiplications, where the error is allowed, or 4/9 with less of it than torch's own sums have.
   // So few channels' transforms take longer than their products with the fastest of the others.
-  const bool few = wide_vectors && to_weight && s.groups == 1 && std::min(s.ci, s.co) < 24;
+  const bool few = wide_vectors && to_weight && s.groups == 1 && m.fewest < 24;
   if (takes(ConvAlgorithm::kWinograd,
             approximate && m.suits_winograd(4, to_weight ? 48 : 16, 10) && (!few || planes || s.ci * s.co >= 16 * 24)))
     return ConvAlgorithm::kWinograd;
-  if (takes(ConvAlgorithm::kWinograd2x2, m.suits_winograd_2x2() && (!few || (planes && s.ci >= 24))))
-    return ConvAlgorithm::kWinograd2x2;
-  // Groups of few channels leave the lanes of a matrix product empty; pixels fill them.
-  if (s.groups > 1) {
-    if (s.ci == 1 && s.co == 1) {
-      // Short rows leave torch's kernels in the caches, and ours with much to do between them.  In channels_last
-      // torch's are ahead in the arithmetic of small windows, and behind where they pay for fresh pages in every call.
-      const int width = std::min(s.x.in, s.x.out);
-      const bool wide = width >= 20;
-      const bool ahead = to_weight ? wide
-                         : forward ? fresh || (wide && s.taps() >= 49 && !wide_vectors)
-                                   : fresh || width >= 40 || (wide && (strides || s.taps() >= 25));
-      if (takes(ConvAlgorithm::kDepthwise, planes || ahead)) return ConvAlgorithm::kDepthwise;
-      if (takes(ConvAlgorithm::kDirect, to_weight && planes && width >= 12)) return ConvAlgorithm::kDirect;
-      return ConvAlgorithm::kTorch;
-    }
-    if (takes(ConvAlgorithm::kDirect, to_weight && s.ci <= 8)) return ConvAlgorithm::kDirect;
-    if (to_weight) return planes ? ConvAlgorithm::kIm2col : ConvAlgorithm::kTorch;
-    if (takes(ConvAlgorithm::kDirect, planes ? m.made <= 32 : !wide_vectors && m.made > 1 && m.made <= 8))
-      return ConvAlgorithm::kDirect;
-    if (planes && s.ci > 1) return ConvAlgorithm::kIm2col;
-    return ConvAlgorithm::kTorch;
-  }
-  // So do the first layers, and LeNet's.  Far strides leave little of a line that a vector could read.
+  auto pays = [&] {
+    if (s.groups > 1 && !to_weight) return m.fewest >= 48 || (planes && m.fewest >= 24 && m.width >= 14);
+    if (s.groups > 1) return m.fewest >= 24 || !wide_vectors;
+    if (to_weight) return !few || (planes && s.ci >= 24);
+    return m.most > 24 ? m.fewest >= 24 || !wide_vectors : m.fewest >= 24 && forward && wide_vectors && !planes;
+  };
+  if (takes(ConvAlgorithm::kWinograd2x2, m.suits_winograd_2x2() && pays())) return ConvAlgorithm::kWinograd2x2;
+  if (s.groups > 1) return choose_grouped(s, m, pass, planes, wide_vectors, fresh);
+  // First layers leave the lanes of a matrix product empty, and so do LeNet's; pixels fill them.  Far strides leave
+  // little of a line that a vector could read.
   const bool point = s.taps() == 1;
   if (std::max(s.y.stride, s.x.stride) > 2) {
     // Patches are copied once, and then a product.
@@ -170,10 +197,15 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate,
   // Windows of 1x1 over planes are a product straight on the tensor, which oneDNN turns round.
   if (planes && point && !strides && s.y.pad == 0 && s.x.pad == 0 && std::min(m.made, m.terms) >= 16)
     return m.pixels >= 256 ? ConvAlgorithm::kIm2col : ConvAlgorithm::kTorch;
+  // Too few channels for Winograd's.
+  if (s.taps() == 9 && !m.gaps && m.fewest >= 16 && (m.fewest < 24 || m.most <= 24)) {
+    const bool long_rows = m.width >= 28 && m.made <= 24 && m.terms <= 32;
+    if (planes && !strides) return long_rows ? ConvAlgorithm::kDirect : ConvAlgorithm::kIm2col;
+    if (!planes && !strides && !wide_vectors && m.most < 24) return ConvAlgorithm::kIm2col;
+  }
   // oneDNN converts planes to layouts of its own and back, which shows in the smaller windows.
-  const int64_t fewest = std::min(m.terms, m.made);
-  const bool ahead = planes ? (strides ? fewest >= 16 && s.taps() <= 9 : fewest >= 32 && s.taps() < 9)
-                            : point && (strides ? fewest >= 64 : fresh);
+  const bool ahead = planes ? (strides ? m.fewest >= 16 && s.taps() <= 9 : m.fewest >= 32 && s.taps() < 9)
+                            : point && (strides ? m.fewest >= 64 : fresh);
   return ahead ? ConvAlgorithm::kIm2col : ConvAlgorithm::kTorch;
 }
 

@@ -1,33 +1,18 @@
 // Convolution of every channel for itself, and its gradient to the input; ../conv2d.h has the formulas.
 //
-// Floor: x read and y written once.  In planes, vectors are of neighbouring pixels of a row: a channel's rows are
-// copied with zeros around them (conv2d_planes.h), a tile of results stays in registers for all taps, and a block of
-// results goes to memory in one piece.  In [pixels][channels], vectors are of neighbouring channels, a few pixels of
-// which share a tap's weights in registers.  Windows of 5 or 7 without strides load what they see once for several
-// results, of rows above each other or of neighbouring pixels: loads are what they would wait for, as windows of 3 do
-// for memory.
+// Floor: x read and y written once.  Most windows are worked on a block of channels at a time
+// (conv2d_depthwise_blocks.h); here are the others.  In planes, vectors are of neighbouring pixels of a row: a
+// channel's rows are copied with zeros around them (conv2d_planes.h), a tile of results stays in registers for all
+// taps, and a block of results goes to memory in one piece.  In [pixels][channels], where nothing has to be copied,
+// vectors are of neighbouring channels, a few pixels of which share a tap's weights in registers.  Windows of 5 or 7
+// without strides load what they see once for several neighbouring pixels: loads are what they would wait for, as
+// windows of 3 do for memory.
+#include "conv2d_depthwise_blocks.h"
 #include "conv2d_planes.h"
 #include "conv2d_problem.h"
 
 namespace fastnorm::cpu::CPU_CAPABILITY {
 namespace {
-
-#ifdef CPU_CAPABILITY_AVX512
-constexpr int kWindowVectors = 4, kWindowPixels = 8;
-#else
-constexpr int kWindowVectors = 2, kWindowPixels = 6;
-#endif
-constexpr int kWindowRows = 4;
-
-// f(the kernel's size as a constant), or false for another size.
-template <class F>
-inline bool with_window(int kernel, F f) {
-  switch (kernel) {
-    case 5: return f(std::integral_constant<int, 5>()), true;
-    case 7: return f(std::integral_constant<int, 7>()), true;
-    default: return false;
-  }
-}
 
 // ---- Planes ---------------------------------------------------------------------------------------------------------
 
@@ -47,7 +32,7 @@ struct DepthwisePlanes : ConvWork<T> {
   const ConvBlocks blocks;  // of one sample
   const bool streaming;
   A *weights, *bias;  // [channel][tap], [channel]
-  int64_t* offset;    // of each tap in a plane; taps are by column, in the order of what they see
+  int64_t* offset;    // of each tap in a plane; taps are in the order of what they see
   const ConvMemory memory;
 
   explicit DepthwisePlanes(const ConvProblem& problem)
@@ -93,53 +78,6 @@ struct DepthwisePlanes : ConvWork<T> {
       for (int i = 0; i < N; i++) this->activate_simple(sum[r][i]).store(to + r * x.out + i * kLane);
   }
 
-  // Likewise, where each row of results sees the next row of the image.
-  template <int K, int R, int N>
-  void run_window(const A* at, int64_t channel, A* to) const {
-    V sum[R][N];
-    const V start(bias[channel]);
-    for (auto& row : sum)
-      for (auto& v : row) v = start;
-    const A* w = weights + channel * taps;
-    for (int64_t column = 0; column < x.kernel; column++, w += K) {
-      V scale[K];
-#pragma GCC unroll 7
-      for (int k = 0; k < K; k++) scale[k] = V(w[k]);
-      const A* row = at + offset[column * K];
-#pragma GCC unroll 10
-      for (int i = 0; i < R + K - 1; i++, row += planes.row_size) {
-        asm("" : "+r"(row));  // or each row may get a register for its place
-        V v[N];
-        for (int j = 0; j < N; j++) v[j] = V::loadu(row + j * kLane);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++)
-          if (i >= r && i - r < K)
-            for (int j = 0; j < N; j++) sum[r][j] = at::vec::fmadd(scale[i - r], v[j], sum[r][j]);
-      }
-    }
-    for (int r = 0; r < R; r++)
-      for (int j = 0; j < N; j++) this->activate_simple(sum[r][j]).store(to + r * x.out + j * kLane);
-  }
-  template <int K>
-  void run_windows(int64_t rows, int64_t channel, const Own& own, const T* to) const {
-    const int64_t pieces = (vectors + kWindowVectors - 1) / kWindowVectors, piece = (vectors + pieces - 1) / pieces;
-    auto run_rows = [&](auto row_count, int64_t row) {
-      constexpr int R = row_count;
-      // Results are written all at once in the end, which would wait for each line.  (In run_tiles(), which computes
-      // less, it is slower.)
-      if (!streaming) prefetch_run<true>(to + row * x.out, R * x.out);
-      // From right to left: the last vector may reach into the next row.
-      for (int64_t first = (pieces - 1) * piece; first >= 0; first -= piece)
-        with_count<kWindowVectors>(std::min(piece, vectors - first), [&](auto count) {
-          this->template run_window<K, R, count>(own.image + row * planes.row_size + first * kLane, channel,
-                                                 own.results + row * x.out + first * kLane);
-        });
-    };
-    int64_t row = 0;
-    for (; row + kWindowRows <= rows; row += kWindowRows) run_rows(std::integral_constant<int, kWindowRows>(), row);
-    for (; row < rows; row++) run_rows(std::integral_constant<int, 1>(), row);
-  }
-
   void run_tiles(int64_t rows, int64_t channel, const Own& own) const {
     // Rows from left to right: a tile's last vector may reach into the next row, which is written later.
     const int64_t pieces = (vectors + kTileVectors - 1) / kTileVectors, piece = (vectors + pieces - 1) / pieces;
@@ -167,11 +105,9 @@ struct DepthwisePlanes : ConvWork<T> {
     const int64_t rows = block.row_end - block.row;
     planes.read(static_cast<const T*>(p.in) + block.sample * this->in_layout.channels * this->in_layout.pixels,
                 this->in_layout, channel, 1, block.row, block.row_end, own.image, 0);
-    T* const to = static_cast<T*>(p.out) + (block.sample * groups + channel) * out_layout.pixels + block.row * x.out;
-    auto in_windows = [&](auto k) { this->template run_windows<k>(rows, channel, own, to); };
-    const bool follow = y.stride == 1 && y.dilation == 1;
-    if (!follow || !with_window(y.kernel, in_windows)) run_tiles(rows, channel, own);
+    run_tiles(rows, channel, own);
     if (!this->simple_activation()) this->activate_all(own.results, rows * x.out);
+    T* const to = static_cast<T*>(p.out) + (block.sample * groups + channel) * out_layout.pixels + block.row * x.out;
     for_packs<T>(rows * x.out, [&](int64_t i, auto count, auto again) {
       store_output<T>(to + i, load<A>(own.results + i, count), count, again, streaming);
     });
@@ -182,7 +118,7 @@ struct DepthwisePlanes : ConvWork<T> {
     layout_shared(shared);
     for (int64_t c = 0; c < groups; c++) bias[c] = this->bias_of(c, 0);
     for (int64_t k = 0; k < taps; k++) {
-      const int64_t seen = k % y.kernel * x.kernel + k / y.kernel, tap = p.backward ? taps - 1 - seen : seen;
+      const int64_t tap = p.backward ? taps - 1 - k : k;
       offset[k] = planes.offset(tap / x.kernel, tap % x.kernel);
       for (int64_t c = 0; c < groups; c++) weights[c * taps + k] = A(static_cast<const T*>(p.weight)[c * taps + tap]);
     }
@@ -200,6 +136,21 @@ struct DepthwisePlanes : ConvWork<T> {
 
 constexpr int64_t kTogether = 4;  // pixels
 constexpr int64_t kRows = 4;      // of a work item
+#ifdef CPU_CAPABILITY_AVX512
+constexpr int kWindowPixels = 8;
+#else
+constexpr int kWindowPixels = 6;
+#endif
+
+// f(the kernel's size as a constant), or false for another size.
+template <class F>
+inline bool with_window(int kernel, F f) {
+  switch (kernel) {
+    case 5: return f(std::integral_constant<int, 5>()), true;
+    case 7: return f(std::integral_constant<int, 7>()), true;
+    default: return false;
+  }
+}
 
 template <class T>
 struct DepthwisePixels : ConvWork<T> {
@@ -434,19 +385,22 @@ struct DepthwisePixels : ConvWork<T> {
   }
 };
 
+template <class Args>
+size_t workspace(const Args& a) {
+  if (in_blocks(a.shape)) return conv_workspace<DepthwiseBlocks>(a);
+  return a.shape.channels_last ? conv_workspace<DepthwisePixels>(a) : conv_workspace<DepthwisePlanes>(a);
+}
+template <class Args>
+void run(const Args& a) {
+  if (in_blocks(a.shape)) return conv_run<DepthwiseBlocks>(a);
+  a.shape.channels_last ? conv_run<DepthwisePixels>(a) : conv_run<DepthwisePlanes>(a);
+}
+
 }  // namespace
 
-size_t conv2d_depthwise_forward_workspace(const Conv2dForward& a) {
-  return a.shape.channels_last ? conv_workspace<DepthwisePixels>(a) : conv_workspace<DepthwisePlanes>(a);
-}
-void conv2d_depthwise_forward(const Conv2dForward& a) {
-  a.shape.channels_last ? conv_run<DepthwisePixels>(a) : conv_run<DepthwisePlanes>(a);
-}
-size_t conv2d_depthwise_backward_input_workspace(const Conv2dBackwardInput& a) {
-  return a.shape.channels_last ? conv_workspace<DepthwisePixels>(a) : conv_workspace<DepthwisePlanes>(a);
-}
-void conv2d_depthwise_backward_input(const Conv2dBackwardInput& a) {
-  a.shape.channels_last ? conv_run<DepthwisePixels>(a) : conv_run<DepthwisePlanes>(a);
-}
+size_t conv2d_depthwise_forward_workspace(const Conv2dForward& a) { return workspace(a); }
+void conv2d_depthwise_forward(const Conv2dForward& a) { run(a); }
+size_t conv2d_depthwise_backward_input_workspace(const Conv2dBackwardInput& a) { return workspace(a); }
+void conv2d_depthwise_backward_input(const Conv2dBackwardInput& a) { run(a); }
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY

@@ -1,10 +1,12 @@
-// The gradient of a convolution of every channel for itself to its weights and bias, in [pixels][channels]; ../conv2d.h
-// has the formulas, and conv2d_direct_weight.cpp the kernel for planes.
+// The gradient of a convolution of every channel for itself to its weights and bias; ../conv2d.h has the formulas.
 //
-// Vectors are of neighbouring channels.  The sums of some taps stay in registers for a row of dy, which stays in the
-// caches for all taps.  The rows go to a fixed number of parts, whose sums are added in order.
+// Planes, and short rows in [pixels][channels], are worked on a block of channels at a time (conv2d_depthwise_blocks.h;
+// planes that do not suit it by conv2d_direct_weight.cpp); here are the others in [pixels][channels].  Vectors are of
+// neighbouring channels.  The sums of some taps stay in registers for a row of dy, which stays in the caches for all
+// taps.  The rows go to a fixed number of parts, whose sums are added in order.
 //
 // Floor: x and dy read once.
+#include "conv2d_depthwise_blocks.h"
 #include "conv2d_planes.h"
 #include "conv2d_problem.h"
 
@@ -169,11 +171,16 @@ struct DepthwiseWeight : ConvWeightWork<T> {
   }
 };
 
+// For planes there is no other kernel here.
+bool takes_blocks(const ConvShape& s) { return !s.channels_last || in_blocks(s); }
+
 }  // namespace
 
 size_t conv2d_depthwise_backward_weight_workspace(const Conv2dBackwardWeight& a) {
-  return conv_workspace<DepthwiseWeight>(a);
+  return takes_blocks(a.shape) ? conv_workspace<DepthwiseWeightBlocks>(a) : conv_workspace<DepthwiseWeight>(a);
 }
-void conv2d_depthwise_backward_weight(const Conv2dBackwardWeight& a) { conv_run<DepthwiseWeight>(a); }
+void conv2d_depthwise_backward_weight(const Conv2dBackwardWeight& a) {
+  takes_blocks(a.shape) ? conv_run<DepthwiseWeightBlocks>(a) : conv_run<DepthwiseWeight>(a);
+}
 
 }  // namespace fastnorm::cpu::CPU_CAPABILITY
