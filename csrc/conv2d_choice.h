@@ -21,21 +21,27 @@ inline bool computes(ConvAlgorithm algorithm, const ConvShape& s, ConvPass pass)
   }
 }
 
-// What a choice looks at: channels of a group that are read and made, results and their pixels; whether strides leave
-// gaps in the gradient to x, which direct kernels would fill with zeros.
+// What a choice looks at: the pass; channels of a group that are read and made, results and their pixels; whether
+// strides leave gaps in the gradient to x, which direct kernels would fill with zeros; the processor.
 struct ConvMeasure {
   int64_t n, height, width, terms, made, results, pixels;
   int64_t fewest, most;  // of terms and made
-  bool strides, gaps;
+  bool forward, to_weight, strides, gaps, planes;
+  // What malloc() maps anew for each call: torch pays for page faults and for reading what it is going to overwrite.
+  bool fresh;
+  // With vectors of 16 numbers oneDNN is nearer to the peak, and a panel of 32 channels is harder to fill.
+  bool wide_vectors = cpu::isa() == cpu::Isa::kAvx512;
 
   ConvMeasure(const ConvShape& s, ConvPass pass) {
     const bool to_input = pass == ConvPass::kBackwardInput;
+    forward = pass == ConvPass::kForward, to_weight = pass == ConvPass::kBackwardWeight, planes = !s.channels_last;
     terms = to_input ? s.co : s.ci, made = to_input ? s.ci : s.co;
     fewest = std::min(terms, made), most = std::max(terms, made);
     results = to_input ? s.inputs() : s.outputs();
     n = s.n, height = to_input ? s.y.in : s.y.out, width = to_input ? s.x.in : s.x.out;
     pixels = n * height * width;
     strides = s.y.stride > 1 || s.x.stride > 1, gaps = strides && to_input;
+    fresh = results * 4 > (int64_t(32) << 20);
   }
   // Winograd's tiles of edge x edge results: there are enough of them for the filters' transform to pay, each has
   // enough results, and channels fill the vectors.
@@ -50,19 +56,19 @@ struct ConvMeasure {
 // its matrix product, which ours beats by what it need not copy.
 inline ConvAlgorithm choose_without_onednn(const ConvShape& s, ConvPass pass) {
   const ConvMeasure m(s, pass);
-  const bool to_weight = pass == ConvPass::kBackwardWeight;
   auto takes = [&](ConvAlgorithm a, bool here) { return here && computes(a, s, pass); };
   if (takes(ConvAlgorithm::kWinograd2x2, m.suits_winograd_2x2())) return ConvAlgorithm::kWinograd2x2;
   if (takes(ConvAlgorithm::kDepthwise, true)) return ConvAlgorithm::kDepthwise;
   if (takes(ConvAlgorithm::kDirect, s.ci <= 8 && !m.gaps)) return ConvAlgorithm::kDirect;
-  if (s.dtype == DType::kFloat64 && (to_weight || m.gaps || s.taps() == 1)) return ConvAlgorithm::kTorch;
+  if (s.dtype == DType::kFloat64 && (m.to_weight || m.gaps || s.taps() == 1)) return ConvAlgorithm::kTorch;
   return ConvAlgorithm::kIm2col;
 }
 
 // The gradient to the weight of what is not in groups and has no far strides: oneDNN converts planes to layouts of its
 // own, and turns channels_last weights' gradients round.  With few channels it is behind, but where they fill neither
 // its vectors nor ours.
-inline ConvAlgorithm choose_to_weight(const ConvShape& s, const ConvMeasure& m, bool planes, bool wide_vectors) {
+inline ConvAlgorithm choose_to_weight(const ConvShape& s, const ConvMeasure& m) {
+  const bool planes = m.planes, wide_vectors = m.wide_vectors;
   constexpr auto kTorch = ConvAlgorithm::kTorch, kIm2col = ConvAlgorithm::kIm2col, kDirect = ConvAlgorithm::kDirect;
   const int taps = s.taps(), panel = wide_vectors ? 32 : 16;
   const bool point = taps == 1, large_window = taps > 9, largest_window = taps > 25, long_rows = m.width >= 14;
@@ -92,7 +98,10 @@ inline ConvAlgorithm choose_to_weight(const ConvShape& s, const ConvMeasure& m, 
   if (point && m.pixels < 256) return kTorch;
   if (wide_vectors && std::max(s.y.dilation, s.x.dilation) > 1 && s.ci >= 128) return kTorch;
   if (planes && wide_vectors && s.ci < 24 && s.co < 32 && !point) return kTorch;
-  if (planes) return !large_window || (s.ci < 64 && (s.ci >= 24 || !wide_vectors)) ? kIm2col : kTorch;
+  if (planes) {
+    const bool part = wide_vectors ? s.ci >= 24 && s.ci < 64 && s.ci % 16 != 0 : s.ci < 24;  // of oneDNN's vectors
+    return !large_window || part ? kIm2col : kTorch;
+  }
   if (wide_vectors) {
     // x is copied, which few channels of dy do not pay for; but oneDNN waits for it where it comes from memory.
     const bool for_few = s.ci >= 64 && s.co <= 96 && s.inputs() * 4 <= int64_t(32) << 20;
@@ -101,14 +110,27 @@ inline ConvAlgorithm choose_to_weight(const ConvShape& s, const ConvMeasure& m, 
   return large_window && s.ci < 32 ? kTorch : kIm2col;
 }
 
+// So few channels' transforms take longer than their products with the fastest of the others.
+inline bool winograd_pays(const ConvShape& s, const ConvMeasure& m) {
+  if (m.fewest >= 24) return true;
+  if (s.groups > 1) return !m.wide_vectors && (m.forward || m.to_weight);
+  if (m.to_weight) return !m.wide_vectors || m.planes || m.most >= 24;
+  return !m.wide_vectors || m.most >= 32;
+}
+inline bool winograd_2x2_pays(const ConvShape& s, const ConvMeasure& m) {
+  if (m.to_weight) return m.fewest >= 24 || !m.wide_vectors || (s.groups == 1 && m.planes && s.ci >= 24);
+  if (s.groups > 1) return m.fewest >= 48 || (m.planes && m.fewest >= 24 && m.width >= 14);
+  if (m.most > 24) return m.fewest >= 24 || !m.wide_vectors;
+  return m.fewest >= 24 && m.forward && m.wide_vectors && !m.planes;
+}
+
 // Convolutions in groups that Winograd's does not take.  Groups of few channels leave the lanes of a matrix product
 // empty; pixels fill them.  oneDNN is ahead where a group's channels fill its vectors, or half of them, but behind in
 // windows of 1x1, and where planes have strides.
-inline ConvAlgorithm choose_grouped(const ConvShape& s, const ConvMeasure& m, ConvPass pass, bool planes,
-                                    bool wide_vectors, bool fresh) {
+inline ConvAlgorithm choose_grouped(const ConvShape& s, const ConvMeasure& m, ConvPass pass) {
   constexpr auto kTorch = ConvAlgorithm::kTorch, kIm2col = ConvAlgorithm::kIm2col, kDirect = ConvAlgorithm::kDirect,
                  kDepthwise = ConvAlgorithm::kDepthwise;
-  const bool to_weight = pass == ConvPass::kBackwardWeight, forward = pass == ConvPass::kForward;
+  const bool planes = m.planes, wide_vectors = m.wide_vectors, to_weight = m.to_weight;
   const bool small = s.taps() <= 9;
   if (s.ci == 1 && s.co == 1) {
     // In channels_last torch's kernels are ahead in the arithmetic of small windows, and behind where they pay for
@@ -116,9 +138,9 @@ inline ConvAlgorithm choose_grouped(const ConvShape& s, const ConvMeasure& m, Co
     const int width = std::min(s.x.in, s.x.out);
     const bool wide = width >= 20, shortest = width <= 8 && !small && !m.strides;
     if (planes && to_weight) return computes(kDepthwise, s, pass) ? kDepthwise : width >= 12 ? kDirect : kTorch;
-    if (planes || fresh || shortest) return kDepthwise;
+    if (planes || m.fresh || shortest) return kDepthwise;
     if (to_weight) return !small || width > 6 ? kDepthwise : kTorch;
-    if (forward) return wide ? (s.taps() >= 49 && !wide_vectors ? kDepthwise : kTorch) : small ? kDepthwise : kTorch;
+    if (m.forward) return wide ? (s.taps() >= 49 && !wide_vectors ? kDepthwise : kTorch) : small ? kDepthwise : kTorch;
     if (m.strides) return small && !wide ? kDepthwise : kTorch;
     return wide_vectors && (width >= 40 || !(wide && small)) ? kDepthwise : kTorch;
   }
@@ -147,46 +169,38 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate,
   if (!onednn) return choose_without_onednn(s, pass);
   if (s.dtype != DType::kFloat32) return ConvAlgorithm::kTorch;  // 16-bit products, which ours do not use
   const ConvMeasure m(s, pass);
-  const bool planes = !s.channels_last, forward = pass == ConvPass::kForward,
-             to_weight = pass == ConvPass::kBackwardWeight;
-  const bool strides = m.strides;
-  // With vectors of 16 numbers oneDNN is nearer to the peak, and a panel of 32 channels is harder to fill.
-  const bool wide_vectors = cpu::isa() == cpu::Isa::kAvx512;
+  const bool planes = m.planes, forward = m.forward, strides = m.strides, wide_vectors = m.wide_vectors;
   auto takes = [&](ConvAlgorithm a, bool here) {
     return here && computes(a, s, pass) && !(a == ConvAlgorithm::kDirect && m.gaps);
   };
-  // What malloc() maps anew for each call: torch pays for page faults and for reading what it is going to overwrite.
-  const bool fresh = m.results * 4 > (int64_t(32) << 20);
 
   // A quarter of the multiplications, where the error is allowed, or 4/9 with less of it than torch's own sums have.
-  // So few channels' transforms take longer than their products with the fastest of the others.
-  const bool few = wide_vectors && to_weight && s.groups == 1 && m.fewest < 24;
   if (takes(ConvAlgorithm::kWinograd,
-            approximate && m.suits_winograd(4, to_weight ? 48 : 16, 10) && (!few || planes || s.ci * s.co >= 16 * 24)))
+            approximate && m.suits_winograd(4, m.to_weight ? 48 : 16, 10) && winograd_pays(s, m)))
     return ConvAlgorithm::kWinograd;
-  auto pays = [&] {
-    if (s.groups > 1 && !to_weight) return m.fewest >= 48 || (planes && m.fewest >= 24 && m.width >= 14);
-    if (s.groups > 1) return m.fewest >= 24 || !wide_vectors;
-    if (to_weight) return !few || (planes && s.ci >= 24);
-    return m.most > 24 ? m.fewest >= 24 || !wide_vectors : m.fewest >= 24 && forward && wide_vectors && !planes;
-  };
-  if (takes(ConvAlgorithm::kWinograd2x2, m.suits_winograd_2x2() && pays())) return ConvAlgorithm::kWinograd2x2;
-  if (s.groups > 1) return choose_grouped(s, m, pass, planes, wide_vectors, fresh);
+  if (takes(ConvAlgorithm::kWinograd2x2, m.suits_winograd_2x2() && winograd_2x2_pays(s, m)))
+    return ConvAlgorithm::kWinograd2x2;
+  if (s.groups > 1) return choose_grouped(s, m, pass);
   // First layers leave the lanes of a matrix product empty, and so do LeNet's; pixels fill them.  Far strides leave
   // little of a line that a vector could read.
   const bool point = s.taps() == 1;
   if (std::max(s.y.stride, s.x.stride) > 2) {
     // Patches are copied once, and then a product.
     const bool patches = s.y.kernel <= s.y.stride && s.x.kernel <= s.x.stride;
-    if (patches && s.ci < 16) return m.gaps ? ConvAlgorithm::kTorch : ConvAlgorithm::kIm2col;
+    if (patches && s.ci < 16) {
+      const bool behind = m.to_weight
+                              ? planes && s.taps() > 49 && m.pixels < 2000  // sums of few pixels for many weights
+                              : m.gaps || (!planes && wide_vectors && s.taps() <= 16 && !m.fresh);
+      return behind ? ConvAlgorithm::kTorch : ConvAlgorithm::kIm2col;
+    }
     return forward && s.ci < 16 && s.taps() > 49 && !wide_vectors ? ConvAlgorithm::kIm2col : ConvAlgorithm::kTorch;
   }
-  if (to_weight) return choose_to_weight(s, m, planes, wide_vectors);
+  if (m.to_weight) return choose_to_weight(s, m);
   const bool small = m.terms * m.made <= 128 && m.width >= 28;
   if (takes(ConvAlgorithm::kDirect, planes && (m.terms <= 4 || m.made <= 4 || small))) return ConvAlgorithm::kDirect;
   if (!planes && m.terms <= 4 && !m.gaps) {
     if (m.made <= (wide_vectors ? 8 : 6)) return ConvAlgorithm::kDirect;
-    if (fresh || (!wide_vectors && s.taps() * m.terms >= 75)) return ConvAlgorithm::kIm2col;
+    if (m.fresh || (!wide_vectors && s.taps() * m.terms >= 75)) return ConvAlgorithm::kIm2col;
   }
   const int64_t most = wide_vectors && small ? 8 : 6;
   if (takes(ConvAlgorithm::kDirect, m.terms <= (m.made <= 4 ? 32 : 16) && m.made <= most))
@@ -205,7 +219,7 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate,
   }
   // oneDNN converts planes to layouts of its own and back, which shows in the smaller windows.
   const bool ahead = planes ? (strides ? m.fewest >= 16 && s.taps() <= 9 : m.fewest >= 32 && s.taps() < 9)
-                            : point && (strides ? m.fewest >= 64 : fresh);
+                            : point && (strides ? m.fewest >= 64 : m.fresh);
   return ahead ? ConvAlgorithm::kIm2col : ConvAlgorithm::kTorch;
 }
 

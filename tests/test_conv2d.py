@@ -42,6 +42,8 @@ CASES = {
     "depthwise s2, twice as many": ((2, 4, 9, 9), (8, 1, 5, 5), 2, 2, 1, 4),
     "depthwise 7x7": ((1, 19, 9, 41), (19, 1, 7, 7), 1, 3, 1, 19),
     "depthwise 5x5, long rows": ((1, 20, 6, 75), (20, 1, 5, 5), 1, 2, 1, 20),
+    "depthwise 7x7, short rows": ((3, 37, 7, 7), (37, 1, 7, 7), 1, 3, 1, 37),
+    "depthwise 5x5 s2, in parts": ((1, 3, 70, 131), (3, 1, 5, 5), 2, 2, 1, 3),
     "depthwise, long rows": ((2, 20, 5, 75), (20, 1, 3, 3), 1, 1, 1, 20),
     "depthwise s2, long rows": ((1, 37, 9, 70), (37, 1, 3, 5), (1, 2), (1, 2), (2, 1), 37),
     "3x3, a panel and half": ((2, 3, 7, 45), (13, 3, 3, 3), 1, 1, 1, 1),
@@ -102,6 +104,45 @@ def test_against_float64(backend, algorithm, case, dtype):
             theirs = error(b, c)
             allowed = floor + (2 * theirs if theirs < 1 else 0)  # torch may be wrong altogether, or NaN
             assert error(a, c) <= allowed, f"{name} {layout}: {error(a, c):.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kernel", (3, 5, 7))
+@pytest.mark.parametrize("stride", (1, 2, (2, 1), (1, 2)))
+def test_depthwise_rows_of_every_length(kernel, stride, layout):
+    """Rows are worked on in pieces, for whose lengths and edges there is code of their own."""
+    for width in range(1, 35):
+        x, weight = torch.randn(2, 5, 3, width), torch.randn(5, 1, kernel, kernel)
+        results = []
+        for function, dtype in ((partial(conv2d, algorithm="depthwise"), torch.float32), (F.conv2d, torch.float64)):
+            leaves = [to_layout(x, layout).to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
+            y = function(*leaves, None, stride, kernel // 2, 1, 5)
+            dy = torch.linspace(-1, 1, y.numel()).view_as(y).to(dtype)
+            results.append((y.detach(), *torch.autograd.grad(y, leaves, dy)))
+        for name, ours, exact in zip(("y", "dx", "dweight"), *results, strict=True):
+            assert error(ours, exact) < 1e-6, f"{name} {width}: {error(ours, exact):.2e}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kernel", (3, 5, 7))
+@pytest.mark.parametrize("stride", (1, 2))
+def test_depthwise_sees_no_other_infinities(kernel, stride, layout):
+    """Than those within a window: not beyond an edge, nor in the next piece of a row or in another channel."""
+    for width in (5, 7, 14, 19):
+        for at in (0, width // 2, width - 1):
+            x, weight = torch.randn(1, 3, 4, width), torch.randn(3, 1, kernel, kernel)
+            x[0, 1, 2, at] = float("inf")
+            window = (None, stride, kernel // 2, 1, 3)
+            results = []
+            for function in (partial(conv2d, algorithm="depthwise"), F.conv2d):
+                leaves = [to_layout(x, layout).requires_grad_(), weight.clone().requires_grad_()]
+                y = function(*leaves, *window)
+                dy = torch.ones_like(y)
+                (dweight,) = torch.autograd.grad(y, leaves[1], dy, retain_graph=True)
+                (dx,) = torch.autograd.grad(y, leaves[0], torch.where(y.detach().isinf(), y.detach(), dy))
+                results.append((y, dweight, dx))
+            for ours, theirs in zip(*results, strict=True):
+                assert torch.equal(ours.isfinite(), theirs.isfinite()), (width, at)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -218,7 +218,8 @@ struct DepthwiseBlocks : ConvWork<T> {
 
 // ---- Gradient to the weight -----------------------------------------------------------------------------------------
 
-// Adds up a row of taps' gradients over a sample's rows, of a vector of channels.
+// Adds up a row of taps' gradients over a sample's rows, of a vector of channels; some rows by themselves, as a long
+// chain of additions would be less exact.
 template <int K, int S, class A>
 void add_taps(const WindowRows& rows, int tap, const A* image, const A* dy, A* to, int64_t pitch) {
   using V = at::vec::Vectorized<A>;
@@ -227,29 +228,32 @@ void add_taps(const WindowRows& rows, int tap, const A* image, const A* dy, A* t
 #else
   constexpr int kSets = K == 3 ? 2 : 1;  // that registers have room for
 #endif
-  V sum[kSets][K];  // pixels take turns: few sums would wait for themselves
-  for (auto& set : sum)
-    for (auto& v : set) v = V(A(0));
-  for (int64_t row = 0; row < rows.y.out; row++) {
-    const int64_t at = rows.y.position(row, tap);
-    if (at < 0 || at >= rows.y.in) continue;
-    rows.for_pieces<K, S, 1>([&](int64_t first, auto piece) __attribute__((always_inline)) {
-      constexpr int N = piece.kCount;
-      V d[N];
+  constexpr int64_t kSome = 16;
+  for (int64_t begin = 0; begin < rows.y.out; begin += kSome) {
+    V sum[kSets][K];  // pixels take turns: few sums would wait for themselves
+    for (auto& set : sum)
+      for (auto& v : set) v = V(A(0));
+    for (int64_t row = begin; row < std::min<int64_t>(begin + kSome, rows.y.out); row++) {
+      const int64_t at = rows.y.position(row, tap);
+      if (at < 0 || at >= rows.y.in) continue;
+      rows.for_pieces<K, S, 1>([&](int64_t first, auto piece) __attribute__((always_inline)) {
+        constexpr int N = piece.kCount;
+        V d[N];
 #pragma GCC unroll 8
-      for (int i = 0; i < N; i++) d[i] = V::loadu(dy + (row * rows.width + first + i) * pitch);
-      const A* const from = image + (at * rows.seen + S * first) * pitch;
-      piece.for_seen([&](int pixel) __attribute__((always_inline)) { return V::loadu(from + pixel * pitch); },
-                     [&](int i, int j, int pixel, V v) __attribute__((always_inline)) {
-                       V& s = sum[(pixel + K) % kSets][j];
-                       s = at::vec::fmadd(d[i], v, s);
-                     });
-    });
-  }
-  for (int j = 0; j < K; j++) {
-    V total = V::loadu(to + j * pitch) + sum[0][j];
-    if constexpr (kSets == 2) total = total + sum[1][j];
-    total.store(to + j * pitch);
+        for (int i = 0; i < N; i++) d[i] = V::loadu(dy + (row * rows.width + first + i) * pitch);
+        const A* const from = image + (at * rows.seen + S * first) * pitch;
+        piece.for_seen([&](int pixel) __attribute__((always_inline)) { return V::loadu(from + pixel * pitch); },
+                       [&](int i, int j, int pixel, V v) __attribute__((always_inline)) {
+                         V& s = sum[(pixel + K) % kSets][j];
+                         s = at::vec::fmadd(d[i], v, s);
+                       });
+      });
+    }
+    for (int j = 0; j < K; j++) {
+      V total = V::loadu(to + j * pitch) + sum[0][j];
+      if constexpr (kSets == 2) total = total + sum[1][j];
+      total.store(to + j * pitch);
+    }
   }
 }
 
@@ -308,9 +312,13 @@ struct DepthwiseWeightBlocks : ConvWeightWork<T> {
             add_taps<k, stride>(rows, tap, own.x + c, own.dy + c, to + tap * k * width + c, width);
         });
         if (!p.dbias) continue;
-        V sum(A(0));
-        for (int64_t i = 0; i < dy_layout.pixels; i++) sum = sum + V::loadu(own.dy + i * width + c);
-        (V::loadu(bias_to + c) + sum).store(bias_to + c);
+        V sum = V::loadu(bias_to + c);
+        for (int64_t row = 0; row < y.out; row++) {  // by rows: a long chain of additions would be less exact
+          V of_row(A(0));
+          for (int64_t i = 0; i < x.out; i++) of_row = of_row + V::loadu(own.dy + (row * x.out + i) * width + c);
+          sum = sum + of_row;
+        }
+        sum.store(bias_to + c);
       }
     }
   }

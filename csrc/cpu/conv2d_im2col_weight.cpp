@@ -27,6 +27,7 @@ struct WeightGradient : ConvWeightWork<T> {
 
   const ConvBlocks blocks;
   const bool copied, merged;
+  const bool by_panel;          // x is copied a panel at a time, which stays in the L1 cache: for windows of a pixel
   const int64_t x_pitch;        // of copied pixels
   const int64_t pieces, piece;  // so many runs of a window's columns follow each other in memory, each so long
   const bool plain;             // dy is read where it is
@@ -44,6 +45,7 @@ struct WeightGradient : ConvWeightWork<T> {
         // A panel reads whole vectors, so a pixel of the image itself must have as many channels.
         copied(!in_place() || s.ci >= kFewChannels || s.ci < kColumns),
         merged(copied && x.neighbours() && s.ci < kFewChannels),
+        by_panel(s.taps() == 1 && s.y.in == s.y.out && s.x.in == s.x.out && s.ci >= kFewChannels),
         x_pitch(merged ? s.ci : spread(s.ci)),
         pieces(merged ? y.kernel : s.taps()),
         piece(merged ? x.kernel * s.ci : s.ci),
@@ -85,7 +87,9 @@ struct WeightGradient : ConvWeightWork<T> {
 
     Own(const WeightGradient& q, Arena& scratch) {
       const int64_t pixels = q.blocks.samples * q.blocks.rows * q.x.out;
-      image = scratch.take<A>(q.copied ? ConvView<T>::elements(q.y, q.x, q.blocks, q.x_pitch) : 0);
+      image = scratch.take<A>(q.by_panel ? pixels * kColumns
+                              : q.copied ? ConvView<T>::elements(q.y, q.x, q.blocks, q.x_pitch)
+                                         : 0);
       dy = scratch.take<A>(q.plain ? 0 : pixels * (q.split.widest() + q.side_by_side));
       columns = scratch.take<A>(q.gathered ? pixels * widened(q.run_length) : 0);
       x_rows = scratch.take<const A*>(pixels * q.pieces);
@@ -117,7 +121,7 @@ struct WeightGradient : ConvWeightWork<T> {
   void add_block(const ConvBlock& block, const ConvBlock* next, bool is_first, int64_t group, int64_t slice_begin,
                  int64_t slice_end, const Own& own, A* to, A* bias_to) const {
     ConvView<T> view(y, x, x_layout, group * s.ci, s.ci, copied, p.x, zeros, own.image, x_pitch);
-    view.read(block);
+    if (!by_panel) view.read(block);
     const int64_t rows = block.row_end - block.row, per_sample = rows * x.out, width = slice_end - slice_begin;
     const int64_t pixels = (block.sample_end - block.sample) * per_sample, channel = group * s.co + slice_begin;
     for (int64_t n = block.sample; !plain && n < block.sample_end; n++)
@@ -132,7 +136,7 @@ struct WeightGradient : ConvWeightWork<T> {
     };
     const int64_t dy_step = plain ? dy_layout.channels : side_by_side;
     const A** x_row = own.x_rows;
-    for (int64_t i = 0; i < pieces; i++) {
+    for (int64_t i = 0; !by_panel && i < pieces; i++) {
       const int ky = merged ? i : i / x.kernel, kx = merged ? 0 : i % x.kernel;
       for (int64_t n = block.sample; n < block.sample_end; n++)
         for (int64_t row = block.row; row < block.row_end; row++) {
@@ -167,7 +171,10 @@ struct WeightGradient : ConvWeightWork<T> {
         tile.store(sums, kColumns);
       });
     };
-    for_tiles(own, pixels, width, dy_from, dy_step, to, add_tile);
+    if (by_panel)
+      for_panels(block, group, own, width, dy_from, dy_step, to, add_tile);
+    else
+      for_tiles(own, pixels, width, dy_from, dy_step, to, add_tile);
     if (p.dbias) add_bias(pixels, width, dy_from, dy_step, bias_to);
   }
 
@@ -199,6 +206,27 @@ struct WeightGradient : ConvWeightWork<T> {
               [&](int64_t pixel) { return x_rows[pixel] + begin; });
         }
       }
+  }
+
+  // Likewise of a window of a pixel.
+  template <class From, class F>
+  [[gnu::always_inline]] void for_panels(const ConvBlock& block, int64_t group, const Own& own, int64_t width,
+                                         From dy_from, int64_t dy_step, A* to, F f) const {
+    const int64_t first = block.row * x.out, pixels = (block.row_end - block.row) * x.out;
+    for (int64_t panel = 0; panel < panels; panel++) {
+      const int64_t begin = panel_begin(panel), channel = group * s.ci + begin,
+                    count = std::min(kColumns, s.ci - begin);
+      for (int64_t n = block.sample; n < block.sample_end; n++)
+        read_pixels<T>(this->x_of(n), x_layout, channel, count, first, pixels,
+                       own.image + (n - block.sample) * pixels * kColumns, kColumns);
+      for (int64_t o = 0; o < width; o += kTileRows) {
+        const A* const dy = dy_from(o);
+        f(
+            to + panel * sums_of_panel() + o * kColumns, std::min<int64_t>(kTileRows, width - o),
+            [&](int64_t pixel) { return dy + pixel * dy_step; },
+            [&](int64_t pixel) { return own.image + pixel * kColumns; });
+      }
+    }
   }
 
   template <class From>
@@ -275,6 +303,7 @@ struct WeightGradient : ConvWeightWork<T> {
       Arena scratch = memory.own_at(p.workspace, team.rank);
       const Own own(*this, scratch);
       // Columns that fill up a panel are added up with the others, and some numbers are slow to.
+      if (by_panel) std::fill_n(own.image, blocks.samples * blocks.rows * x.out * kColumns, A(0));
       if (gathered) std::fill_n(own.columns, blocks.samples * blocks.rows * x.out * widened(run_length), A(0));
       team.for_each(split.parts * split.slices * s.groups, [&](int64_t item) { run_item(item, own); });
       team.for_each(s.groups * s.co, [&](int64_t channel) { finish(channel); });
