@@ -39,10 +39,17 @@ SHAPES = {
     ((64, 3, 6, 32), (5, 1, 0, 1)): "LeNet in colour",
     ((64, 6, 16, 14), (5, 1, 0, 1)): "LeNet's second",
     ((16, 192, 192, 27), (5, 1, 2, 1)): "AlexNet's second",
-    ((16, 128, 128, 56), (3, 1, 1, 32)): "ResNeXt",
+    ((64, 16, 16, 32), (3, 1, 1, 1)): "ResNet for small images",
+    ((16, 128, 128, 56), (3, 1, 1, 32)): "ResNeXt, its stages",
+    ((16, 512, 512, 14), (3, 1, 1, 32)): "",
+    ((16, 1024, 1024, 14), (3, 2, 1, 32)): "",
     ((32, 96, 96, 56), (3, 1, 1, 96)): "depthwise",
     ((32, 144, 144, 56), (3, 2, 1, 144)): "",
-    ((16, 96, 96, 56), (7, 1, 3, 96)): "ConvNeXt",
+    ((32, 672, 672, 14), (5, 2, 2, 672)): "",
+    ((32, 960, 960, 7), (3, 1, 1, 960)): "",
+    ((16, 96, 96, 56), (7, 1, 3, 96)): "ConvNeXt, its stages",
+    ((16, 384, 384, 14), (7, 1, 3, 384)): "",
+    ((16, 768, 768, 7), (7, 1, 3, 768)): "",
 }
 QUICK = (((32, 64, 64, 56), (3, 1, 1, 1)),)
 
@@ -115,8 +122,6 @@ class Bench:
         for name, mask in (("to input", [True, False, False]), ("to weight", [False, True, True])):
             if name == "to input" and x.shape[1] <= 3:
                 continue  # nobody asks for the gradient to an image
-            if name == "to weight" and algorithm == "depthwise" and self.layout == "nchw":
-                continue  # direct's kernels compute it
             digits = tolerance * (10 if name == "to weight" else 1)  # sums over all pixels
             yield self.case(f"{algorithm} {name}", floor, lambda f, m=mask: f(dy, x, weight, m), backward,
                             eager_backward, digits)  # fmt: skip
