@@ -134,15 +134,16 @@ inline ConvAlgorithm choose_grouped(const ConvShape& s, const ConvMeasure& m, Co
   const bool small = s.taps() <= 9;
   if (s.ci == 1 && s.co == 1) {
     // In channels_last torch's kernels are ahead in the arithmetic of small windows, and behind where they pay for
-    // fresh pages in every call, in short rows and in nearly all gradients to weights.
+    // fresh pages in every call, in short rows of what stays in the caches, and in gradients to larger windows.
     const int width = std::min(s.x.in, s.x.out);
-    const bool wide = width >= 20, shortest = width <= 8 && !small && !m.strides;
+    const bool wide = width >= 20, shortest = width <= 8 && !small && !m.strides, cached = m.results <= 1 << 19;
     if (planes && to_weight) return computes(kDepthwise, s, pass) ? kDepthwise : width >= 12 ? kDirect : kTorch;
-    if (planes || m.fresh || shortest) return kDepthwise;
-    if (to_weight) return !small || width > 6 ? kDepthwise : kTorch;
-    if (m.forward) return wide ? (s.taps() >= 49 && !wide_vectors ? kDepthwise : kTorch) : small ? kDepthwise : kTorch;
-    if (m.strides) return small && !wide ? kDepthwise : kTorch;
-    return wide_vectors && (width >= 40 || !(wide && small)) ? kDepthwise : kTorch;
+    if (planes || m.fresh) return kDepthwise;
+    const bool ahead = to_weight   ? !small || width >= 12
+                       : m.forward ? (wide ? s.taps() >= 49 && !wide_vectors : cached && (small || shortest))
+                       : m.strides ? small && !wide && m.results <= 1 << 21
+                                   : shortest || (wide_vectors && (!small || (!wide && cached)));
+    return ahead ? kDepthwise : kTorch;
   }
   if (s.taps() == 1) return !to_weight || wide_vectors || m.width >= 20 ? kIm2col : kTorch;
   if (to_weight) {
