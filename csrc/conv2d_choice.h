@@ -137,7 +137,11 @@ inline ConvAlgorithm choose_grouped(const ConvShape& s, const ConvMeasure& m, Co
     // fresh pages in every call, in short rows of what stays in the caches, and in gradients to larger windows.
     const int width = std::min(s.x.in, s.x.out);
     const bool wide = width >= 20, shortest = width <= 8 && !small && !m.strides, cached = m.results <= 1 << 19;
-    if (planes && to_weight) return computes(kDepthwise, s, pass) ? kDepthwise : width >= 12 ? kDirect : kTorch;
+    if (planes && to_weight) {
+      const bool in_blocks =
+          computes(kDepthwise, s, pass) && int64_t(s.y.in) * s.x.in <= 1 << 14;  // they are copied whole
+      return in_blocks ? kDepthwise : width >= 12 ? kDirect : kTorch;
+    }
     if (planes || m.fresh) return kDepthwise;
     const bool ahead = to_weight   ? !small || width >= 12
                        : m.forward ? (wide ? s.taps() >= 49 && !wide_vectors : cached && (small || shortest))

@@ -64,10 +64,10 @@ def conv2d(
         + 1, of the input's dtype.
 
     Accuracy:
-        Sums are in float32 (float64 for float64) and rounded once. On the CPU, 3x3 windows with stride 1 take
-        Winograd's F(2x2, 3x3), which adds up a ninth of the terms and only adds, subtracts and halves beside it: 0.1 to
-        0.5 of torch's own largest error in the result, up to twice that of its gradients (of the largest number in
-        them). A number's error goes with the largest pixel and weight that it sees. Where
+        Sums are in float32 (float64 for float64) and rounded once. On the CPU, 3x3 windows with stride 1 take, but for
+        few channels, Winograd's F(2x2, 3x3), which adds up a ninth of the terms and only adds, subtracts and halves
+        beside it: 0.1 to 0.5 of torch's own largest error in the result, up to twice that of its gradients (of the
+        largest number in them). A number's error goes with the largest pixel and weight that it sees. Where
         :func:`torch.set_float32_matmul_precision` is set to "high" or "medium", F(4x4, 3x3) is allowed too: within 3e-5
         of the largest result. If any of their sums is not finite, plain sums take their place: NaN and infinities are
         where torch has them.

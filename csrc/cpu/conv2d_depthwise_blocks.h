@@ -15,7 +15,7 @@ namespace fastnorm::cpu::CPU_CAPABILITY {
 // every kGap-th pixel are gaps.  kFirst, kLast: of a row, whose last result sees the pixels before S * N - kCut.
 template <int K, int S, int kGap, int N, bool kFirst, bool kLast, int kCut>
 struct WindowPiece {
-  static constexpr int kTaps = K, kStride = S, kCount = N;
+  static constexpr int kCount = N;
   // Of pixels, counted from the first result's place on.
   static constexpr int kBegin = kFirst ? 0 : -(K / 2), kEnd = kLast ? S * N - kCut : S * (N - 1) + K / 2 + 1;
 
