@@ -43,6 +43,7 @@ CASES = {
     "depthwise 7x7": ((1, 19, 9, 41), (19, 1, 7, 7), 1, 3, 1, 19),
     "depthwise 5x5, long rows": ((1, 20, 6, 75), (20, 1, 5, 5), 1, 2, 1, 20),
     "depthwise 7x7, short rows": ((3, 37, 7, 7), (37, 1, 7, 7), 1, 3, 1, 37),
+    "depthwise 1x3": ((2, 20, 6, 9), (20, 1, 1, 3), 1, (0, 1), 1, 20),
     "depthwise 5x5 s2, in parts": ((1, 3, 70, 131), (3, 1, 5, 5), 2, 2, 1, 3),
     "depthwise, long rows": ((2, 20, 5, 75), (20, 1, 3, 3), 1, 1, 1, 20),
     "depthwise s2, long rows": ((1, 37, 9, 70), (37, 1, 3, 5), (1, 2), (1, 2), (2, 1), 37),
@@ -121,6 +122,17 @@ def test_depthwise_rows_of_every_length(kernel, stride, layout):
             results.append((y.detach(), *torch.autograd.grad(y, leaves, dy)))
         for name, ours, exact in zip(("y", "dx", "dweight"), *results, strict=True):
             assert error(ours, exact) < 1e-6, f"{name} {width}: {error(ours, exact):.2e}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_depthwise_where_most_rows_see_nothing(layout):
+    """More of them than are worked on together."""
+    x, weight, bias = torch.randn(1, 32, 2, 7), torch.randn(32, 1, 3, 5), torch.randn(32)
+    ours, exact = (
+        f(to_layout(x, layout).to(dtype), weight.to(dtype), bias.to(dtype), (4, 1), (2000, 2), (2, 1), 32)
+        for f, dtype in ((partial(conv2d, algorithm="depthwise"), torch.float32), (F.conv2d, torch.float64))
+    )
+    assert error(ours, exact) < 1e-6
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

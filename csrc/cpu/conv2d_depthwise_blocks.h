@@ -179,7 +179,8 @@ struct DepthwiseBlocks : ConvWork<T> {
   void run_item(int64_t item, const Own& own) const {
     const int64_t c0 = item % blocks * width, count = std::min(width, groups - c0);
     const ConvBlock part = parts(item / blocks, n, y.out);
-    const int64_t begin = std::max<int64_t>(0, y.begin(part.row)), end = std::min<int64_t>(y.in, y.end(part.row_end));
+    const int64_t begin = std::clamp<int64_t>(y.begin(part.row), 0, y.in);
+    const int64_t end = std::clamp<int64_t>(y.end(part.row_end), begin, y.in);
     auto sample = [&](auto* tensor, const ImageLayout& layout) {
       return tensor + part.sample * layout.channels * layout.pixels;
     };
