@@ -212,7 +212,12 @@ struct DepthwiseBlocks : ConvWork<T> {
       Arena scratch = memory.own_at(p.workspace, team.rank);
       const Own own(*this, scratch);
       std::fill_n(own.image, image_size(), A(0));
-      team.for_each(parts.count * blocks, [&](int64_t item) { run_item(item, own); });
+      const int64_t items = parts.count * blocks;
+      // Neighbours go to the same thread, or what it read and wrote in the last call is in another's cache now.
+      const int64_t some = std::clamp<int64_t>(items / (8 * p.threads), 1, 16);
+      team.for_each((items + some - 1) / some, [&](int64_t i) {
+        for (int64_t item = i * some; item < std::min(items, (i + 1) * some); item++) run_item(item, own);
+      });
     });
   }
 };
