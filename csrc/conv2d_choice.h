@@ -105,7 +105,7 @@ inline ConvAlgorithm choose_to_weight(const ConvShape& s, const ConvMeasure& m) 
   if (wide_vectors) {
     // x is copied, which few channels of dy do not pay for; but oneDNN waits for it where it comes from memory.
     const bool for_few = s.ci >= 64 && s.co <= 96 && s.inputs() * 4 <= int64_t(32) << 20;
-    return large_window || std::min(s.ci, s.co) < 24 || (point && (m.strides || for_few)) ? kTorch : kIm2col;
+    return large_window || m.fewest < 24 || (point && (m.strides || for_few)) ? kTorch : kIm2col;
   }
   return large_window && s.ci < 32 ? kTorch : kIm2col;
 }
@@ -214,13 +214,13 @@ inline ConvAlgorithm choose(const ConvShape& s, ConvPass pass, bool approximate,
   // Rows shorter than a vector, as LeNet's second layer has them.
   if (forward && !planes && m.terms < 16 && s.taps() > 9 && m.width < 14) return ConvAlgorithm::kIm2col;
   // Windows of 1x1 over planes are a product straight on the tensor, which oneDNN turns round.
-  if (planes && point && !strides && s.y.pad == 0 && s.x.pad == 0 && std::min(m.made, m.terms) >= 16)
+  if (planes && point && !strides && s.y.pad == 0 && s.x.pad == 0 && m.fewest >= 16)
     return m.pixels >= 256 ? ConvAlgorithm::kIm2col : ConvAlgorithm::kTorch;
   // Too few channels for Winograd's.
-  if (s.taps() == 9 && !m.gaps && m.fewest >= 16 && (m.fewest < 24 || m.most <= 24)) {
+  if (s.taps() == 9 && !strides && m.fewest >= 16 && (m.fewest < 24 || m.most <= 24)) {
     const bool long_rows = m.width >= 28 && m.made <= 24 && m.terms <= 32;
-    if (planes && !strides) return long_rows ? ConvAlgorithm::kDirect : ConvAlgorithm::kIm2col;
-    if (!planes && !strides && !wide_vectors && m.most < 24) return ConvAlgorithm::kIm2col;
+    if (planes) return long_rows ? ConvAlgorithm::kDirect : ConvAlgorithm::kIm2col;
+    if (!wide_vectors && m.most < 24) return ConvAlgorithm::kIm2col;
   }
   // oneDNN converts planes to layouts of its own and back, which shows in the smaller windows.
   const bool ahead = planes ? (strides ? m.fewest >= 16 && s.taps() <= 9 : m.fewest >= 32 && s.taps() < 9)

@@ -142,16 +142,6 @@ constexpr int kWindowPixels = 8;
 constexpr int kWindowPixels = 6;
 #endif
 
-// f(the kernel's size as a constant), or false for another size.
-template <class F>
-inline bool with_window(int kernel, F f) {
-  switch (kernel) {
-    case 5: return f(std::integral_constant<int, 5>()), true;
-    case 7: return f(std::integral_constant<int, 7>()), true;
-    default: return false;
-  }
-}
-
 template <class T>
 struct DepthwisePixels : ConvWork<T> {
   using Work = ConvWork<T>;
@@ -324,10 +314,10 @@ struct DepthwisePixels : ConvWork<T> {
       const bool follow = x.stride == 1 && x.dilation == 1 && (!p.backward || y.stride == 1);
       A* const to = static_cast<A*>(p.out) + (n * y.out + row) * x.out * channels;
       auto in_windows = [&](auto k) { this->template run_windows<k>(own, n, row, to); };
-      if (follow && channels >= V::size() && x.out >= kWindowPixels && with_window(x.kernel, in_windows)) return;
+      if (follow && channels >= V::size() && x.out >= kWindowPixels && with_one_of<5, 7>(x.kernel, in_windows)) return;
     }
     T* const to = static_cast<T*>(p.out) + (n * y.out + row) * x.out * channels;
-    const int phase_y = y.backward ? int((row + y.pad) % y.stride) : 0;
+    const int phase_y = y.phase_of(row);
     for (int phase_x = 0; phase_x < x.phases(); phase_x++) {
       // This phase's pixels are first + i * apart; one pixel on in i is `step` pixels on in x.
       const int64_t first = x.first(phase_x, 0), apart = x.phases(), step = p.backward ? 1 : x.stride;

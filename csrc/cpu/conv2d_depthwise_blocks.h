@@ -88,11 +88,7 @@ struct WindowRows {
       constexpr std::integral_constant<int, 2> two;
       stride == 2 ? f(k, two, one) : gap == 2 ? f(k, one, two) : f(k, one, one);
     };
-    switch (kernel) {
-      case 3: return with_steps(std::integral_constant<int, 3>());
-      case 5: return with_steps(std::integral_constant<int, 5>());
-      default: return with_steps(std::integral_constant<int, 7>());
-    }
+    with_one_of<3, 5, 7>(kernel, with_steps);
   }
 };
 
@@ -116,8 +112,9 @@ void run_windows(const WindowRows& rows, int64_t row, int64_t row_end, const A* 
       const A *image, *weights;
     } seen[ConvShape::kMostCentredTaps];
     int count = 0;
+    const int phase = y.phase_of(row);
     for (int tap = 0; tap < y.kernel; tap++)
-      if (const int64_t at = y.position(row, tap); y.sees(row, tap) && at >= 0 && at < y.in)
+      if (const int64_t at = y.position(row, tap); y.has_tap(phase, tap) && at >= 0 && at < y.in)
         seen[count++] = {image + (at - begin) * rows.seen * pitch,
                          weights + (rows.backward ? y.kernel - 1 - tap : tap) * K * pitch};
     rows.for_pieces<K, S, kGap>([&](int64_t first, auto piece) __attribute__((always_inline)) {
@@ -201,7 +198,7 @@ struct DepthwiseBlocks : ConvWork<T> {
     Arena shared = memory.shared_at(p.workspace);
     layout_shared(shared);
     for (int64_t c = 0; c < blocks * width; c++) bias[c] = c < groups ? this->bias_of(c, 0) : A(0);
-    std::fill_n(weights, blocks * taps * width, A(0));
+    if (groups % width) std::fill_n(weights + (blocks - 1) * taps * width, taps * width, A(0));
     for (int64_t c = 0; c < groups; c += width) {
       A* const to = weights + c * taps;  // a gradient's taps see in the other order
       image::transpose(static_cast<const T*>(p.weight) + c * taps, taps, p.backward ? to + (taps - 1) * width : to,
@@ -211,7 +208,7 @@ struct DepthwiseBlocks : ConvWork<T> {
     parallel(p.threads, [&](Team team) {
       Arena scratch = memory.own_at(p.workspace, team.rank);
       const Own own(*this, scratch);
-      std::fill_n(own.image, image_size(), A(0));
+      if (groups % width) std::fill_n(own.image, image_size(), A(0));  // what is no channel is computed with the others
       const int64_t items = parts.count * blocks;
       // Neighbours go to the same thread, or what it read and wrote in the last call is in another's cache now.
       const int64_t some = std::clamp<int64_t>(items / (8 * p.threads), 1, 16);
@@ -349,7 +346,8 @@ struct DepthwiseWeightBlocks : ConvWeightWork<T> {
     parallel(p.threads, [&](Team team) {
       Arena scratch = memory.own_at(p.workspace, team.rank);
       const Own own(*this, scratch);
-      std::fill_n(own.x, x_layout.pixels * width, A(0)), std::fill_n(own.dy, dy_layout.pixels * width, A(0));
+      if (channels % width)  // what is no channel is computed with the others
+        std::fill_n(own.x, x_layout.pixels * width, A(0)), std::fill_n(own.dy, dy_layout.pixels * width, A(0));
       team.for_each(split.parts * blocks, [&](int64_t item) { run_item(item, own); });
       team.for_each(blocks, [&](int64_t block) { finish(block); });
     });

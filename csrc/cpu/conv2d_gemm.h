@@ -90,6 +90,11 @@ template <int kMost, class F>
     ((n == I + 1 ? f(std::integral_constant<int, I + 1>()) : void()), ...);
   }(std::make_integer_sequence<int, kMost>());
 }
+// f(n as a constant) if it is one of kSome; whether it is.
+template <int... kSome, class F>
+[[gnu::always_inline]] inline bool with_one_of(int n, F f) {
+  return ((n == kSome ? (f(std::integral_constant<int, kSome>()), true) : false) || ...);
+}
 template <class F>
 [[gnu::always_inline]] inline void with_rows(int64_t rows, F f) {
   with_count<kTileRows>(rows, f);

@@ -29,10 +29,7 @@ struct ConvReach {
     return backward ? from + ((phase - from - pad) % stride + stride) % stride : from;
   }
   bool has_tap(int phase, int tap) const { return phases() == 1 || (int64_t(tap) * dilation - phase) % stride == 0; }
-  // Whether a tap sees a position of the image that has no gaps, which may be outside.
-  bool sees(int64_t result, int tap) const {
-    return phases() == 1 || (result + pad - int64_t(tap) * dilation) % stride == 0;
-  }
+  int phase_of(int64_t result) const { return backward ? int((result + pad) % stride) : 0; }
   // From what a result sees to what the next one of its phase does.
   int64_t step() const { return backward ? 1 : stride; }
   int64_t position(int64_t result, int tap) const {

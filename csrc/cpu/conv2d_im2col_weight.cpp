@@ -103,6 +103,21 @@ struct WeightGradient : ConvWeightWork<T> {
     return copied ? panel * kColumns : std::min(panel * kColumns, run_length - kColumns);
   }
 
+  // What the block sees of x, and where its windows' pieces begin.
+  void read_image(const ConvBlock& block, int64_t group, const Own& own) const {
+    ConvView<T> view(y, x, x_layout, group * s.ci, s.ci, copied, p.x, zeros, own.image, x_pitch);
+    view.read(block);
+    const A** x_row = own.x_rows;
+    for (int64_t i = 0; i < pieces; i++) {
+      const int ky = merged ? i : i / x.kernel, kx = merged ? 0 : i % x.kernel;
+      for (int64_t n = block.sample; n < block.sample_end; n++)
+        for (int64_t row = block.row; row < block.row_end; row++) {
+          view.pixels(n, y.position(row, ky), x.position(0, kx), x.stride, x.out, x_row);
+          x_row += x.out;
+        }
+    }
+  }
+
   // What a whole vector copies too much is written over by the next piece, or is beyond the columns.
   void gather(const Own& own, int64_t pixels) const {
     const int64_t pitch = widened(run_length), length = piece;
@@ -120,8 +135,7 @@ struct WeightGradient : ConvWeightWork<T> {
   // next: what comes after the block, and is fetched meanwhile; or null.
   void add_block(const ConvBlock& block, const ConvBlock* next, bool is_first, int64_t group, int64_t slice_begin,
                  int64_t slice_end, const Own& own, A* to, A* bias_to) const {
-    ConvView<T> view(y, x, x_layout, group * s.ci, s.ci, copied, p.x, zeros, own.image, x_pitch);
-    if (!by_panel) view.read(block);
+    if (!by_panel) read_image(block, group, own);
     const int64_t rows = block.row_end - block.row, per_sample = rows * x.out, width = slice_end - slice_begin;
     const int64_t pixels = (block.sample_end - block.sample) * per_sample, channel = group * s.co + slice_begin;
     for (int64_t n = block.sample; !plain && n < block.sample_end; n++)
@@ -135,15 +149,6 @@ struct WeightGradient : ConvWeightWork<T> {
       return own.dy + o / side_by_side * side_by_side * pixels + o % side_by_side;
     };
     const int64_t dy_step = plain ? dy_layout.channels : side_by_side;
-    const A** x_row = own.x_rows;
-    for (int64_t i = 0; !by_panel && i < pieces; i++) {
-      const int ky = merged ? i : i / x.kernel, kx = merged ? 0 : i % x.kernel;
-      for (int64_t n = block.sample; n < block.sample_end; n++)
-        for (int64_t row = block.row; row < block.row_end; row++) {
-          view.pixels(n, y.position(row, ky), x.position(0, kx), x.stride, x.out, x_row);
-          x_row += x.out;
-        }
-    }
     if (gathered) gather(own, pixels);
     FetchAhead<T> next_x, next_dy;
     const int64_t tiles = turned ? width / kColumns * runs * tiles_of(run_length) : runs * panels * tiles_of(width);
